@@ -1,0 +1,1 @@
+"""Fine-tune BLOOM with LoRA on the fused kernels of `lorakernels`."""

@@ -1,0 +1,1 @@
+"""Kernels for LoRA fine-tuning: fused operations for torch that know nothing of any model."""
