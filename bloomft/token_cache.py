@@ -1,0 +1,436 @@
+"""Documents to tokens on disk: tokenized once, in bounded memory, read back through a memory map.
+
+One folder ``tokens-<key>`` holds one corpus under one tokenizer, and the key is a hash of both, so nothing ever
+has to be invalidated: other content or another tokenizer is another folder.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from tokenizers import Tokenizer
+
+from bloomft.documents import (
+    INSTALLED_READMES,
+    Document,
+    ReadReport,
+    installed_readmes,
+    is_jsonl,
+    list_files,
+    read_documents,
+)
+from bloomft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT_VERSION = 1
+# Pieces of a batch are tokenized in parallel; an encoding takes some hundred bytes a token, so both sizes are small.
+PIECE_CHARACTERS = 1 << 15
+BATCH_CHARACTERS = 1 << 19
+READ_BYTES = 1 << 20
+
+_META = "meta.json"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCache:
+    """Tokenized documents, each of them prompt tokens, text tokens, end of text.
+
+    tokens: [num_tokens] uint16 or uint32, all documents one after another; offsets: [num_documents + 1] int64,
+    where each begins and the last ends; prompt_lengths: [num_documents] int64, how many of a document's tokens
+    are prompt; report: what reading the files found. The arrays are read-only memory maps when they come from
+    `build_token_cache`.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    prompt_lengths: np.ndarray
+    report: ReadReport
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the cache."""
+        return len(self.prompt_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, their ends of text included."""
+        return int(self.offsets[-1])
+
+    def document(self, index: int) -> tuple[np.ndarray, int]:
+        """Tokens [n] of document ``index`` as a view, and how many of them are its prompt."""
+        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        return tokens, int(self.prompt_lengths[index])
+
+
+def build_token_cache(
+    patterns: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cache_dir: Path, *, progress: bool = True
+) -> TokenCache:
+    """The tokens of every document that ``patterns`` name, from the cache or tokenized into it now.
+
+    ``tokenizer`` must be a fast one with an end-of-text token; nothing in it is changed. A folder appears under
+    its final name only when it is whole and synced, a damaged one is built again, and of several processes that
+    want the same one the first builds it. ``progress`` shows a bar on a terminal and two lines elsewhere.
+
+    Raises `UserError` for what the files hold (see `read_documents`), a file that changes meanwhile, a corpus
+    without any document, an unfit tokenizer, and a folder that cannot be written.
+    """
+    files = list_files(patterns)
+    tokenizer_json, eos = _tokenizer_state(tokenizer)
+    before = _file_states(files)
+    key = _content_key(files, tokenizer_json, eos)
+    folder = Path(cache_dir).expanduser() / f"tokens-{key}"
+    cache = _open_cache(folder)
+    if cache is not None:
+        return cache
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(folder.with_suffix(".lock"), progress) as alone:
+            cache = _open_cache(folder)
+            if cache is not None:
+                return cache
+            if alone:
+                for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+            try:
+                _write_cache(partial, files, tokenizer_json, eos, progress)
+                if _file_states(files) != before:
+                    raise UserError("a file of data.filenames changed while it was read; start again")
+                return _publish(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the token cache {folder}: {error.strerror or error}; "
+            "free space there or point data.cache_dir at a folder that can be written"
+        ) from error
+
+
+def _tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, int]:
+    """The backend as canonical JSON, without the padding and truncation that a call may leave in it; the eos id."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise UserError(
+            f"the tokenizer is a {type(tokenizer).__name__} without a Rust backend; "
+            "use a model folder with a tokenizer.json (a fast tokenizer)"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no eos_token to end a document with; name one in its tokenizer_config.json"
+        )
+    state = json.loads(backend.to_str())
+    state["truncation"] = state["padding"] = None
+    return json.dumps(state, sort_keys=True), int(tokenizer.eos_token_id)
+
+
+def _file_states(files: Sequence[Path]) -> list[Any]:
+    """What differs when a file was written to: identity, size and time; for the installed READMEs their text."""
+    states: list[Any] = []
+    for file in files:
+        if str(file) == INSTALLED_READMES:
+            states.append(installed_readmes())
+            continue
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}; mend or leave it out") from error
+        states.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return states
+
+
+def _content_key(files: Sequence[Path], tokenizer_json: str, eos: int) -> str:
+    """Hash of all that decides the tokens: format, tokenizer, and each file's content and kind, in order."""
+    key = hashlib.blake2b(digest_size=16)
+    key.update(f"{FORMAT_VERSION} {eos} {len(tokenizer_json)} {len(files)}\n".encode())
+    key.update(tokenizer_json.encode())
+    for file in files:
+        content = hashlib.blake2b()
+        if str(file) == INSTALLED_READMES:
+            kind = "readmes"
+            content.update(json.dumps(installed_readmes()).encode())
+        else:
+            kind = "jsonl" if is_jsonl(file) else "text"
+            try:
+                with open(file, "rb") as source:
+                    while data := source.read(READ_BYTES):
+                        content.update(data)
+            except OSError as error:
+                raise UserError(f"cannot read {file}: {error.strerror}; mend or leave it out") from error
+        key.update(f"{kind} {content.hexdigest()}\n".encode())
+    return key.hexdigest()
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path, progress: bool) -> Iterator[bool]:
+    """Hold the lock file ``path``; yields False where the platform or the file system has no locks."""
+    with open(path, "ab") as lock:
+        try:
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if progress:
+                    print("another process tokenizes the same text; waiting for it", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            alone = True
+        except (ImportError, OSError):
+            alone = False
+        yield alone
+
+
+class _CacheWriter:
+    """Streams documents into the files of a cache folder; only counters stay in memory."""
+
+    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self.num_tokens = self.num_documents = 0
+        self._document_prompt = 0
+        self._paths = {name: folder / f"{name}.bin" for name in ("tokens", "offsets", "prompt_lengths")}
+        self._files: dict[str, BinaryIO] = {name: open(path, "wb") for name, path in self._paths.items()}
+        self._checksums = dict.fromkeys(self._files, 0)
+        self._write("offsets", np.zeros(1, np.int64))
+
+    def add(self, ids: Sequence[int], *, prompt: bool) -> None:
+        """Append tokens to the document under way."""
+        self._write("tokens", np.asarray(ids, dtype=self.dtype))
+        self.num_tokens += len(ids)
+        self._document_prompt += len(ids) if prompt else 0
+
+    def end_document(self, eos: int) -> None:
+        """Close the document under way with its end of text."""
+        self.add([eos], prompt=False)
+        self._write("offsets", np.array([self.num_tokens], np.int64))
+        self._write("prompt_lengths", np.array([self._document_prompt], np.int64))
+        self._document_prompt = 0
+        self.num_documents += 1
+
+    def finish(self) -> dict[str, Any]:
+        """Sync and close the files; returns what a reader checks them against."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self.close()
+        return {
+            "dtype": self.dtype.name,
+            "num_documents": self.num_documents,
+            "num_tokens": self.num_tokens,
+            "crc32": self._checksums,
+        }
+
+    def close(self) -> None:
+        """Close the files, whole or not."""
+        for file in self._files.values():
+            file.close()
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        data = values.tobytes()
+        self._checksums[name] = zlib.crc32(data, self._checksums[name])
+        self._files[name].write(data)
+
+
+def _write_cache(folder: Path, files: Sequence[Path], tokenizer_json: str, eos: int, progress: bool) -> None:
+    """Tokenize ``files`` into ``folder``, its description last."""
+    # A private copy: padding or truncation set on the caller's tokenizer must not reach the tokens, nor ours its own.
+    backend = Tokenizer.from_str(tokenizer_json)
+    highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    dtype = np.dtype(np.uint16 if max(highest, eos) <= np.iinfo(np.uint16).max else np.uint32)
+    report = ReadReport()
+    started = time.perf_counter()
+    total = sum(file.stat().st_size for file in files if str(file) != INSTALLED_READMES)
+    with (
+        _progress_bar(total, len(files), progress) as advance,
+        contextlib.closing(_CacheWriter(folder, dtype)) as out,
+    ):
+        _tokenize(read_documents(files, report), backend, eos, out, advance)
+        meta = out.finish()
+    if not report.documents:
+        raise UserError(f"data.filenames holds no text to train on: {report.describe()}; name other files")
+    meta.update(version=FORMAT_VERSION, report=dataclasses.asdict(report))
+    with open(folder / _META, "w") as file:
+        json.dump(meta, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(folder)
+    if progress:
+        seconds = time.perf_counter() - started
+        rate = f"{meta['num_tokens']:,} tokens in {seconds:.1f} s"
+        print(f"tokenized {report.describe()}: {rate}", file=sys.stderr)
+
+
+def _tokenize(
+    documents: Iterable[Document],
+    backend: Tokenizer,
+    eos: int,
+    out: _CacheWriter,
+    advance: Callable[[int], None],
+) -> None:
+    """Encode in batches of bounded size; the Rust backend spreads the pieces of a batch over its threads."""
+    batch: list[tuple[str, bool, bool]] = []
+    characters = 0
+
+    def flush() -> None:
+        encodings = backend.encode_batch_fast([text for text, _, _ in batch], add_special_tokens=False)
+        for (_, is_prompt, is_last), encoding in zip(batch, encodings, strict=True):
+            out.add(encoding.ids, prompt=is_prompt)
+            if is_last:
+                out.end_document(eos)
+        advance(sum(len(text.encode()) for text, _, _ in batch))
+        batch.clear()
+
+    for document in documents:
+        for piece in _pieces(document):
+            batch.append(piece)
+            characters += len(piece[0])
+            if characters >= BATCH_CHARACTERS:
+                flush()
+                characters = 0
+    flush()
+
+
+def _pieces(document: Document) -> Iterator[tuple[str, bool, bool]]:
+    """(text, whether it is prompt, whether it ends the document) in order."""
+    for text in cut_text(document.prompt, PIECE_CHARACTERS):
+        yield text, True, False
+    start = 0
+    for text in cut_text(document.text, PIECE_CHARACTERS):
+        start += len(text)
+        yield text, False, start == len(document.text)
+
+
+def cut_text(text: str, limit: int) -> Iterator[str]:
+    """Cut ``text`` into pieces of at most ``limit`` characters where the tokens cannot tell.
+
+    Byte-level BPE never merges across the pre-tokenizer's borders, and both BLOOM's and GPT-2's have one after a
+    line break between a non-blank and a letter or digit, and before a single blank in such a place. Where the
+    second half of a piece has neither, it is cut at the limit: the text stays the same, one token may not.
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = _safe_cut(text, start + limit // 2, start + limit)
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _safe_cut(text: str, low: int, high: int) -> int:
+    """The last safe place in (low, high], else ``high``; ``high`` < len(text)."""
+    for blank, shift in (("\n", 1), (" ", 0)):
+        at = text.rfind(blank, max(low, 1), high)
+        while at > 0:
+            if not text[at - 1].isspace() and text[at + 1].isalnum():
+                return at + shift
+            at = text.rfind(blank, max(low, 1), at)
+    return high
+
+
+def _open_cache(folder: Path) -> TokenCache | None:
+    """The cache in ``folder``, or None where it is missing, of another format, cut short or damaged."""
+    try:
+        meta = json.loads((folder / _META).read_text())
+        if meta["version"] != FORMAT_VERSION:
+            return None
+        num_documents, num_tokens = meta["num_documents"], meta["num_tokens"]
+        layout = {
+            "tokens": (np.dtype(meta["dtype"]), num_tokens),
+            "offsets": (np.dtype(np.int64), num_documents + 1),
+            "prompt_lengths": (np.dtype(np.int64), num_documents),
+        }
+        arrays = {}
+        for name, (dtype, length) in layout.items():
+            path = folder / f"{name}.bin"
+            if path.stat().st_size != length * dtype.itemsize:
+                return None
+            # The plain base class: slicing a np.memmap costs several times as much.
+            arrays[name] = np.memmap(path, dtype=dtype, mode="r", shape=(length,)).view(np.ndarray)
+            if _checksum(path) != meta["crc32"][name]:
+                return None
+        return TokenCache(**arrays, report=ReadReport(**meta["report"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, read in blocks: mapped pages would count as this process's memory."""
+    value = 0
+    with open(path, "rb") as file:
+        while data := file.read(READ_BYTES):
+            value = zlib.crc32(data, value)
+    return value
+
+
+def _publish(partial: Path, folder: Path) -> TokenCache:
+    """Give the finished folder its name, unless an equal one of another process has it by now."""
+    # Opened before the renaming: a mapping outlives whatever happens to the name.
+    ours = _open_cache(partial)
+    if ours is None:
+        raise OSError(errno.EIO, "what was written reads back differently")
+    while True:
+        try:
+            os.rename(partial, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        else:
+            _sync_folder(folder.parent)
+            return ours
+        theirs = _open_cache(folder)
+        if theirs is not None:
+            return theirs
+        damaged = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, damaged / "damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _progress_bar(total_bytes: int, num_files: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over bytes of text on a terminal, one line elsewhere, nothing where not wanted."""
+    if not show or not sys.stderr.isatty():
+        if show:
+            print(f"tokenizing {num_files:,} files, {total_bytes / 1e6:,.1f} MB", file=sys.stderr)
+        yield lambda count: None
+        return
+    columns = (
+        TextColumn("tokenizing"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total_bytes or None)
+        yield lambda count: bar.advance(task, count)
