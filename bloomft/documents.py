@@ -78,9 +78,10 @@ def list_files(patterns: Sequence[str]) -> list[Path]:
 def read_documents(files: Sequence[Path], report: ReadReport) -> Iterator[Document]:
     """Yield the documents of ``files`` in order and count into ``report`` what was read and skipped.
 
-    A ``*.jsonl`` file holds one JSON object a line, with ``text``, or with ``prompt`` and ``response``; any
-    other file is one document. Invalid UTF-8 (of a JSONL file: that line) and documents of whitespace only are
-    skipped and counted. Raises `UserError` for an unreadable file and, with its line, for a wrong JSONL row.
+    A ``*.jsonl`` file holds one JSON object a line, with ``text``, or with ``prompt`` and ``response`` (other
+    keys are ignored); any other file is one document. Invalid UTF-8 (of a JSONL file: that line) and
+    documents of whitespace only are skipped and counted. Raises `UserError` for an unreadable file and, with
+    its line, for a wrong JSONL row.
     """
     for file in files:
         try:
@@ -117,7 +118,7 @@ def installed_readmes() -> list[str]:
         name = re.sub(r"[-_.]+", "-", message.get("Name", "")).lower()
         text = message.get_payload()
         if not text.strip():
-            # Older metadata folds the text into a header: continued lines start with 8 blanks, or 7 and a bar.
+            # Older metadata folds the text into a header: further lines start with 8 blanks, or 7 and a bar.
             text = re.sub(r"^(?: {7}\|| {8})", "", message.get("Description", ""), flags=re.MULTILINE)
         if name and name != "bloomft" and len(text.strip()) >= MIN_README_CHARACTERS:
             # The first distribution of a name is the one that an import finds.

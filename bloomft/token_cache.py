@@ -1,7 +1,7 @@
 """Documents to tokens on disk: tokenized once, in bounded memory, read back through a memory map.
 
-One folder ``tokens-<key>`` holds one corpus under one tokenizer, and the key is a hash of both, so nothing ever
-has to be invalidated: other content or another tokenizer is another folder.
+One folder ``tokens-<key>`` holds one corpus under one tokenizer, and the key is a hash of both, so nothing
+ever has to be invalidated: other content or another tokenizer is another folder.
 """
 
 import contextlib
@@ -10,15 +10,15 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT_VERSION = 1
-# Pieces of a batch are tokenized in parallel; an encoding takes some hundred bytes a token, so both sizes are small.
+# The pieces of a batch are encoded in parallel; an encoding takes some hundred bytes a token: small sizes.
 PIECE_CHARACTERS = 1 << 15
 BATCH_CHARACTERS = 1 << 19
 READ_BYTES = 1 << 20
@@ -59,10 +59,10 @@ _META = "meta.json"
 class TokenCache:
     """Tokenized documents, each of them prompt tokens, text tokens, end of text.
 
-    tokens: [num_tokens] uint16 or uint32, all documents one after another; offsets: [num_documents + 1] int64,
-    where each begins and the last ends; prompt_lengths: [num_documents] int64, how many of a document's tokens
-    are prompt; report: what reading the files found. The arrays are read-only memory maps when they come from
-    `build_token_cache`.
+    tokens: [num_tokens] uint16 or uint32, all documents one after another; offsets: [num_documents + 1]
+    int64, where each begins and the last ends; prompt_lengths: [num_documents] int64, how many of a
+    document's tokens are prompt; report: what reading the files found. The arrays are read-only memory maps
+    when they come from `build_token_cache`.
     """
 
     tokens: np.ndarray
@@ -91,9 +91,10 @@ def build_token_cache(
 ) -> TokenCache:
     """The tokens of every document that ``patterns`` name, from the cache or tokenized into it now.
 
-    ``tokenizer`` must be a fast one with an end-of-text token; nothing in it is changed. A folder appears under
-    its final name only when it is whole and synced, a damaged one is built again, and of several processes that
-    want the same one the first builds it. ``progress`` shows a bar on a terminal and two lines elsewhere.
+    ``tokenizer`` must be a fast one with an end-of-text token; nothing in it is changed. A folder appears
+    under its final name only when it is whole and synced, a damaged one is built again, and of several
+    processes that want the same one the first builds it. ``progress`` shows a bar on a terminal and two lines
+    elsewhere.
 
     Raises `UserError` for what the files hold (see `read_documents`), a file that changes meanwhile, a corpus
     without any document, an unfit tokenizer, and a folder that cannot be written.
@@ -115,7 +116,7 @@ def build_token_cache(
             if alone:
                 for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+            partial = _new_folder(folder)
             try:
                 _write_cache(partial, files, tokenizer_json, eos, progress)
                 if _file_states(files) != before:
@@ -131,7 +132,7 @@ def build_token_cache(
 
 
 def _tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, int]:
-    """The backend as canonical JSON, without the padding and truncation that a call may leave in it; the eos id."""
+    """The backend as canonical JSON, without the padding and truncation that a call leaves; the eos id."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(
@@ -148,7 +149,7 @@ def _tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, int]:
 
 
 def _file_states(files: Sequence[Path]) -> list[Any]:
-    """What differs when a file was written to: identity, size and time; for the installed READMEs their text."""
+    """What tells that a file was written to: identity, size, time; of the installed READMEs their text."""
     states: list[Any] = []
     for file in files:
         if str(file) == INSTALLED_READMES:
@@ -184,6 +185,13 @@ def _content_key(files: Sequence[Path], tokenizer_json: str, eos: int) -> str:
     return key.hexdigest()
 
 
+def _new_folder(folder: Path) -> Path:
+    """An empty sibling of ``folder``, with the permissions that the user's umask gives."""
+    partial = folder.with_name(f"{folder.name}.partial-{secrets.token_hex(8)}")
+    partial.mkdir()
+    return partial
+
+
 @contextlib.contextmanager
 def _exclusive(path: Path, progress: bool) -> Iterator[bool]:
     """Hold the lock file ``path``; yields False where the platform or the file system has no locks."""
@@ -204,39 +212,50 @@ def _exclusive(path: Path, progress: bool) -> Iterator[bool]:
 
 
 class _CacheWriter:
-    """Streams documents into the files of a cache folder; only counters stay in memory."""
+    """Streams documents into the files of a cache folder; what `write` has written leaves memory."""
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
-        self.dtype = dtype
         self.num_tokens = self.num_documents = 0
-        self._document_prompt = 0
-        self._paths = {name: folder / f"{name}.bin" for name in ("tokens", "offsets", "prompt_lengths")}
-        self._files: dict[str, BinaryIO] = {name: open(path, "wb") for name, path in self._paths.items()}
-        self._checksums = dict.fromkeys(self._files, 0)
-        self._write("offsets", np.zeros(1, np.int64))
+        self._prompt_length = 0
+        self._dtypes = {"tokens": dtype, "offsets": np.dtype(np.int64), "prompt_lengths": np.dtype(np.int64)}
+        self._pending: dict[str, list[int]] = {"tokens": [], "offsets": [0], "prompt_lengths": []}
+        self._checksums = dict.fromkeys(self._dtypes, 0)
+        self._stack = contextlib.ExitStack()
+        self._files = {
+            name: self._stack.enter_context((folder / f"{name}.bin").open("wb")) for name in self._dtypes
+        }
 
     def add(self, ids: Sequence[int], *, prompt: bool) -> None:
         """Append tokens to the document under way."""
-        self._write("tokens", np.asarray(ids, dtype=self.dtype))
+        self._pending["tokens"].extend(ids)
         self.num_tokens += len(ids)
-        self._document_prompt += len(ids) if prompt else 0
+        self._prompt_length += len(ids) if prompt else 0
 
     def end_document(self, eos: int) -> None:
         """Close the document under way with its end of text."""
         self.add([eos], prompt=False)
-        self._write("offsets", np.array([self.num_tokens], np.int64))
-        self._write("prompt_lengths", np.array([self._document_prompt], np.int64))
-        self._document_prompt = 0
+        self._pending["offsets"].append(self.num_tokens)
+        self._pending["prompt_lengths"].append(self._prompt_length)
+        self._prompt_length = 0
         self.num_documents += 1
 
+    def write(self) -> None:
+        """Move what was added to the files."""
+        for name, values in self._pending.items():
+            data = np.array(values, dtype=self._dtypes[name]).tobytes()
+            self._checksums[name] = zlib.crc32(data, self._checksums[name])
+            self._files[name].write(data)
+            values.clear()
+
     def finish(self) -> dict[str, Any]:
-        """Sync and close the files; returns what a reader checks them against."""
+        """Write, sync and close the files; returns what a reader checks them against."""
+        self.write()
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
         self.close()
         return {
-            "dtype": self.dtype.name,
+            "dtype": self._dtypes["tokens"].name,
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
             "crc32": self._checksums,
@@ -244,24 +263,21 @@ class _CacheWriter:
 
     def close(self) -> None:
         """Close the files, whole or not."""
-        for file in self._files.values():
-            file.close()
-
-    def _write(self, name: str, values: np.ndarray) -> None:
-        data = values.tobytes()
-        self._checksums[name] = zlib.crc32(data, self._checksums[name])
-        self._files[name].write(data)
+        self._stack.close()
 
 
 def _write_cache(folder: Path, files: Sequence[Path], tokenizer_json: str, eos: int, progress: bool) -> None:
     """Tokenize ``files`` into ``folder``, its description last."""
-    # A private copy: padding or truncation set on the caller's tokenizer must not reach the tokens, nor ours its own.
+    # A copy of our own: the caller's tokenizer may pad or truncate, and goes on doing so.
     backend = Tokenizer.from_str(tokenizer_json)
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
     dtype = np.dtype(np.uint16 if max(highest, eos) <= np.iinfo(np.uint16).max else np.uint32)
     report = ReadReport()
     started = time.perf_counter()
-    total = sum(file.stat().st_size for file in files if str(file) != INSTALLED_READMES)
+    total = sum(
+        sum(map(len, installed_readmes())) if str(file) == INSTALLED_READMES else file.stat().st_size
+        for file in files
+    )
     with (
         _progress_bar(total, len(files), progress) as advance,
         contextlib.closing(_CacheWriter(folder, dtype)) as out,
@@ -299,6 +315,7 @@ def _tokenize(
             out.add(encoding.ids, prompt=is_prompt)
             if is_last:
                 out.end_document(eos)
+        out.write()
         advance(sum(len(text.encode()) for text, _, _ in batch))
         batch.clear()
 
@@ -309,7 +326,8 @@ def _tokenize(
             if characters >= BATCH_CHARACTERS:
                 flush()
                 characters = 0
-    flush()
+    if batch:
+        flush()
 
 
 def _pieces(document: Document) -> Iterator[tuple[str, bool, bool]]:
@@ -325,9 +343,9 @@ def _pieces(document: Document) -> Iterator[tuple[str, bool, bool]]:
 def cut_text(text: str, limit: int) -> Iterator[str]:
     """Cut ``text`` into pieces of at most ``limit`` characters where the tokens cannot tell.
 
-    Byte-level BPE never merges across the pre-tokenizer's borders, and both BLOOM's and GPT-2's have one after a
-    line break between a non-blank and a letter or digit, and before a single blank in such a place. Where the
-    second half of a piece has neither, it is cut at the limit: the text stays the same, one token may not.
+    Byte-level BPE never merges across the pre-tokenizer's borders, and both BLOOM's and GPT-2's have one
+    after a line break between a non-blank and a letter or digit, and before a single blank in such a place.
+    Where the second half of a piece has neither, it is cut at the limit: the text stays, one token may not.
     """
     start = 0
     while len(text) - start > limit:
@@ -402,7 +420,7 @@ def _publish(partial: Path, folder: Path) -> TokenCache:
         theirs = _open_cache(folder)
         if theirs is not None:
             return theirs
-        damaged = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+        damaged = _new_folder(folder)
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, damaged / "damaged")
         shutil.rmtree(damaged, ignore_errors=True)
