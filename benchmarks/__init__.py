@@ -1,1 +1,1 @@
-"""Benchmarks: every speed is a ratio against a named rival in the same run, after its numerics were checked."""
+"""Benchmarks: every speed is a ratio against a named rival of the same run, its numerics checked first."""

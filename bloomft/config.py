@@ -1,0 +1,437 @@
+"""Every configuration key in one place: its type, default, bounds, unit and meaning.
+
+`load_config` turns a YAML file and ``key=value`` overrides into a `Config`; whatever is wrong with them ends
+in one `UserError` that names the key, the line, what is allowed and, for an unknown key, the nearest known.
+``python -m bloomft.config`` prints the reference table of the README.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bloomft.errors import UserError
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "reduce_lr_on_plateau",
+    "greedy",
+)
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
+
+def _key(default: Any, doc: str, **bounds: Any) -> Any:
+    """A dataclass field with its documentation and bounds: at_least, above, at_most, below, choices, kind."""
+    metadata = {"doc": doc, **bounds}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    """Text and how it becomes rows of tokens."""
+
+    filenames: Any = _key(
+        MISSING,
+        "file or list of files, globs with `**` allowed: one document a file, or `*.jsonl` with `text` or "
+        "`prompt`/`response`; `builtin:installed-readmes` needs no file",
+        kind="strings",
+    )
+    max_length: int = _key(MISSING, "tokens in a row", at_least=2)
+    random_state: int = _key(42, "seed of split, order, adapters and dropout", at_least=0, below=2**63)
+    packing: bool = _key(True, "several short documents in one row, without attention between them")
+    heldout_fraction: float = _key(
+        0.05, "share of the documents kept for the held-out loss", at_least=0, below=1
+    )
+    cache_dir: str | None = _key(None, "folder of token caches; default `$XDG_CACHE_HOME/bloomft`")
+
+
+@dataclass
+class TransformerConfig:
+    """The base model; the optional keys go to `from_pretrained` as they are."""
+
+    pretrained_model_name_or_path: str = _key(
+        MISSING, "hub name or folder of a BLOOM model; `builtin:tiny` needs no network"
+    )
+    revision: str | None = _key(None, "branch, tag or commit on the hub")
+    subfolder: str | None = _key(None, "folder inside the repository")
+    cache_dir: str | None = _key(None, "download cache of the hub")
+    local_files_only: bool | None = _key(None, "never ask the network")
+    token: str | None = _key(None, "access token of the hub; kept out of every file that a run writes")
+
+
+@dataclass
+class LoraConfig:
+    """The adapters. `lora_dim` 8 and `lora_scale` 4 are PEFT's r=8 and lora_alpha=32."""
+
+    lora_dim: int = _key(8, "rank r", at_least=1)
+    lora_scale: float = _key(4.0, "factor of B·A (PEFT's lora_alpha / r)")
+    attention_layer_name: str = _key("query_key_value", "name of the linear layers that get an adapter")
+    lora_dropout: float = _key(0.0, "dropout on the adapter's input", at_least=0, below=1)
+
+
+@dataclass
+class ModelConfig:
+    """Base and adapters."""
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = _key(MISSING, "peak learning rate", above=0)
+    betas: list[float] = _key([0.9, 0.999], "decay rates of the two moments", at_least=0, below=1, length=2)
+    eps: float = _key(1e-6, "added to the denominator", above=0)
+    weight_decay: float = _key(0.1, "decoupled; on matrices only", at_least=0)
+
+
+@dataclass
+class SchedulerConfig:
+    """Any schedule of transformers' `get_scheduler`."""
+
+    name: str = _key("linear", "schedule; the last two follow the held-out loss", choices=SCHEDULES)
+    num_warmup_steps: int = _key(0, "optimizer steps", at_least=0)
+    num_training_steps: int = _key(MISSING, "optimizer steps of the run", at_least=1)
+    scheduler_specific_kwargs: dict[str, Any] = _key(
+        {}, "what a schedule takes beside these, e.g. `{num_cycles: 2}`"
+    )
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    batch_size: int = _key(MISSING, "rows in a micro-batch, per process", at_least=1)
+    accumulate_grad_batches: int = _key(1, "micro-batches in an optimizer step", at_least=1)
+    gradient_clip_val: float = _key(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0)
+    gradient_checkpointing: bool = _key(False, "recompute the blocks in the backward pass")
+    log_every_n_steps: int = _key(10, "optimizer steps", at_least=1)
+    save_every_n_train_steps: int = _key(2500, "optimizer steps", at_least=1)
+    eval_every_n_steps: int = _key(
+        500, "optimizer steps between held-out losses; 0 for the last step alone", at_least=0
+    )
+    precision: str = _key(
+        "auto",
+        "dtype of the frozen base (adapters stay fp32); auto is bf16 on CUDA and fp32 on a CPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = _key("auto", "auto is CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    compile: bool = _key(False, "torch.compile the blocks")
+    resume: str = _key(
+        "auto", "`auto`: from last.ckpt where there is one; `never`; or the path of a checkpoint"
+    )
+    output_dir: str | None = _key(None, "folder of this run; default `runs/<stem of the config file>`")
+    logger: str = _key("none", "beside metrics.jsonl", choices=("none", "wandb", "tensorboard"))
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path``, apply ``overrides`` (``a.b.c=value``), check everything.
+
+    ``train.output_dir`` and ``data.cache_dir`` come back filled in. Raises `UserError` with the key's full
+    path, its line in the file (or "command line"), what is allowed and a suggestion for an unknown key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: cannot read the configuration: {reason}") from error
+    origin = _Origin(path, text)
+    layers = [_parse_yaml(text, origin)]
+    for override in overrides:
+        name, separator, _ = override.partition("=")
+        if not separator or not name:
+            raise UserError(f"command line: '{override}' is not of the form key=value")
+        origin.overrides[name] = override
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"command line: '{override}' cannot be read: {_first_line(error)}") from error
+
+    merged = OmegaConf.structured(Config)
+    for layer in layers:
+        _check_names(layer, Config, "", origin)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            key = error.full_key or ""
+            raise UserError(f"{origin(key)}: {_allowed(key, _raw(layer, key))}") from error
+    try:
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{path}: {missing[0]} is missing: {_describe(missing[0])}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin(error.full_key or '')}: {_first_line(error)}") from error
+    for key, spec, value in _leaves(config):
+        if not _is_allowed(spec, value):
+            raise UserError(f"{origin(key)}: {_allowed(key, value)}")
+    _check_together(config, origin)
+    config.train.output_dir = config.train.output_dir or str(Path("runs") / path.stem)
+    config.data.cache_dir = str(Path(config.data.cache_dir or default_cache_dir()).expanduser())
+    return config
+
+
+def default_cache_dir() -> Path:
+    """Home of token caches and the embedded base: ``$XDG_CACHE_HOME/bloomft`` or ``~/.cache/bloomft``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bloomft"
+
+
+def config_to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, without the hub's access token."""
+    plain = dataclasses.asdict(config)
+    plain["model"]["transformer"]["token"] = None
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def filename_patterns(config: DataConfig) -> list[str]:
+    """``data.filenames`` as a list."""
+    return [config.filenames] if isinstance(config.filenames, str) else list(config.filenames)
+
+
+def reference_table() -> str:
+    """The configuration reference as a Markdown table, one row a key."""
+    rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for key, spec, _ in _leaves(Config()):
+        default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
+        shown = "required" if default == MISSING else f"`{_yaml_scalar(default)}`"
+        rows.append(f"| `{key}` | {shown} | {_bounds_text(spec)} | {spec.metadata['doc']} |")
+    return "\n".join(rows)
+
+
+class _Origin:
+    """Says where a key was written: ``file:line: key`` or ``command line: key``."""
+
+    def __init__(self, path: Path, text: str):
+        self.path = path
+        self.overrides: dict[str, str] = {}
+        self._lines: dict[str, int] = {}
+        self._text = text
+
+    def __call__(self, key: str) -> str:
+        if re.sub(r"\[\d+\]$", "", key) in self.overrides:
+            return f"command line: {key}"
+        if not self._lines:
+            self._lines = dict(_key_lines(yaml.compose(self._text), ""))
+        return f"{self.path}:{self._lines.get(key, 1)}: {key}" if key else f"{self.path}"
+
+
+def _key_lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            key = f"{prefix}{name.value}"
+            yield key, name.start_mark.line + 1
+            yield from _key_lines(value, f"{key}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield f"{prefix.removesuffix('.')}[{index}]", value.start_mark.line + 1
+
+
+def _parse_yaml(text: str, origin: _Origin) -> DictConfig:
+    try:
+        node = yaml.compose(text)
+        # Duplicate keys and odd tags surface here, not in compose.
+        loaded = OmegaConf.create(text) if isinstance(node, yaml.MappingNode) else None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{origin.path}{line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{origin.path}: not valid YAML: {_first_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{origin.path}: expected the nodes {', '.join(_names(Config))} with keys below them")
+    return loaded
+
+
+def _names(node: type) -> dict[str, dataclasses.Field]:
+    return {spec.name: spec for spec in dataclasses.fields(node)}
+
+
+def _known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
+    for name, spec in _names(node).items():
+        if dataclasses.is_dataclass(spec.type):
+            yield from _known_keys(spec.type, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _check_names(values: Any, node: type, prefix: str, origin: _Origin) -> None:
+    names = _names(node)
+    for name in values:
+        key = f"{prefix}{name}"
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+            elsewhere = [known for known in _known_keys() if known.rsplit(".", 1)[-1] == name]
+            guess = f"{prefix}{close[0]}" if close else (elsewhere[0] if elsewhere else "")
+            hint = f"; did you mean {guess}?" if guess else ""
+            where = next((o for o in origin.overrides if o == key or o.startswith(f"{key}.")), None)
+            place = f"command line: {key}" if where else origin(key)
+            raise UserError(f"{place}: unknown key{hint} (allowed here: {', '.join(names)})")
+        kind = names[name].type
+        if dataclasses.is_dataclass(kind):
+            child = values._get_node(name)
+            if not isinstance(child, DictConfig) or child._is_none():
+                raise UserError(f"{origin(key)}: expected the keys {', '.join(_names(kind))} below it")
+            _check_names(child, kind, f"{key}.", origin)
+
+
+def _raw(layer: DictConfig, key: str) -> Any:
+    try:
+        return OmegaConf.select(layer, key)
+    except OmegaConfBaseException:
+        return None
+
+
+def _spec(key: str) -> dataclasses.Field | None:
+    node: Any = Config
+    spec = None
+    for name in re.sub(r"\[\d+\]", "", key).split("."):
+        spec = _names(node).get(name) if dataclasses.is_dataclass(node) else None
+        if spec is None:
+            return None
+        node = spec.type
+    return spec
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    for name, spec in _names(type(node)).items():
+        value = getattr(node, name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", spec, value
+
+
+def _is_allowed(spec: dataclasses.Field, value: Any) -> bool:
+    rules = spec.metadata
+    if rules.get("kind") == "strings":
+        items = [value] if isinstance(value, str) else value
+        return (
+            isinstance(items, list) and bool(items) and all(isinstance(item, str) and item for item in items)
+        )
+    if "choices" in rules and value not in rules["choices"]:
+        return False
+    numbers = value if isinstance(value, list) else [value]
+    if "length" in rules and len(numbers) != rules["length"]:
+        return False
+    for number in numbers:
+        if isinstance(number, float) and not math.isfinite(number):
+            return False
+        if "at_least" in rules and number < rules["at_least"]:
+            return False
+        if "above" in rules and number <= rules["above"]:
+            return False
+        if "at_most" in rules and number > rules["at_most"]:
+            return False
+        if "below" in rules and number >= rules["below"]:
+            return False
+    return True
+
+
+def _bounds_text(spec: dataclasses.Field) -> str:
+    rules = spec.metadata
+    if rules.get("kind") == "strings":
+        return "text or a list of texts"
+    if "choices" in rules:
+        return ", ".join(rules["choices"])
+    kind = spec.type
+    if len(options := [t for t in typing.get_args(kind) if t is not type(None)]) == 1:
+        kind = options[0] if typing.get_origin(kind) is not list else kind
+    plain = {int: "integer", float: "number", bool: "true or false", str: "text"}
+    text = plain.get(kind, "a mapping")
+    if typing.get_origin(kind) is list:
+        text = f"{rules.get('length', 'some')} numbers"
+    words = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
+    limits = [f"{sign} {_power(rules[name])}" for name, sign in words.items() if name in rules]
+    return f"{text} {' and '.join(limits)}" if limits else text
+
+
+def _power(bound: float) -> str:
+    return f"2^{int(bound).bit_length() - 1}" if bound > 1e6 else str(bound)
+
+
+def _describe(key: str) -> str:
+    spec = _spec(key)
+    return f"{spec.metadata['doc']} ({_bounds_text(spec)})"
+
+
+def _allowed(key: str, value: Any) -> str:
+    spec = _spec(key)
+    if spec is None or "doc" not in spec.metadata:
+        return "a value of the wrong kind stands here"
+    close = ""
+    if "choices" in spec.metadata and isinstance(value, str):
+        match = difflib.get_close_matches(value, spec.metadata["choices"], n=1)
+        close = f"; did you mean {match[0]}?" if match else ""
+    return f"{_yaml_scalar(value)} is not allowed; allowed: {_bounds_text(spec)}{close}"
+
+
+def _yaml_scalar(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value)
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _check_together(config: Config, origin: _Origin) -> None:
+    schedule = config.optim.scheduler
+    if schedule.num_warmup_steps > schedule.num_training_steps:
+        raise UserError(
+            f"{origin('optim.scheduler.num_warmup_steps')}: {schedule.num_warmup_steps} is more than "
+            f"num_training_steps ({schedule.num_training_steps}); allowed: at most as many"
+        )
+    if schedule.name in METRIC_SCHEDULES and not (
+        config.train.eval_every_n_steps and config.data.heldout_fraction
+    ):
+        raise UserError(
+            f"{origin('optim.scheduler.name')}: {schedule.name} follows the held-out loss; set "
+            f"train.eval_every_n_steps and data.heldout_fraction above 0"
+        )
+
+
+if __name__ == "__main__":
+    print(reference_table())
