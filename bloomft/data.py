@@ -34,9 +34,9 @@ class PackedDataset:
     """Rows of at most ``max_length`` tokens from the documents of ``cache`` that ``document_ids`` [n] names.
 
     A longer document is cut into windows that overlap by one token, so that each of its tokens but the first
-    is a label exactly once. With ``packing``, pieces share rows under ids of their own; without, each piece is
-    a row. A piece that has no label, all of it prompt, is left out. Only a few numbers a piece are in memory;
-    the tokens stay in the cache. ``random_state`` >= 0 decides all order.
+    is a label exactly once. With ``packing``, pieces share rows under ids of their own; without, each piece
+    is a row. A piece that has no label, all of it prompt, is left out. Only a few numbers a piece are in
+    memory; the tokens stay in the cache. ``random_state`` >= 0 decides all order.
 
     The labels are the input ids, not shifted, with -100 for prompt, padding and the first token of a piece,
     which nothing before it predicts: ``labels != -100`` counts exactly what a step learns from.
@@ -67,8 +67,8 @@ class PackedDataset:
         labels = lengths - masked
         if not len(starts):
             raise UserError(
-                f"data.filenames: nothing to learn in {len(document_ids):,} documents: no token follows a prompt "
-                "or another token; name longer texts"
+                f"data.filenames: {len(document_ids):,} documents hold nothing to learn: no token follows "
+                "a prompt or another token; name longer texts"
             )
         # Equal lengths would otherwise meet in the order of the files.
         order = _permutation(len(starts), random_state, _PACKING)
@@ -202,7 +202,7 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> np.ndarray:
 def _cut_windows(
     cache: TokenCache, document_ids: np.ndarray, max_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces with a label: first token in the cache, length, and how many tokens at its front are no label."""
+    """Pieces with a label: first token in the cache, length, and how many tokens of its front are masked."""
     begins = cache.offsets[document_ids]
     sizes = cache.offsets[document_ids + 1] - begins
     stride = max_length - 1

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -109,13 +109,11 @@ def build_token_cache(
         return cache
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder.with_suffix(".lock"), progress) as alone:
+        _remove_leftovers(folder.parent)
+        with _exclusive(folder.with_suffix(".lock"), progress):
             cache = _open_cache(folder)
             if cache is not None:
                 return cache
-            if alone:
-                for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
             partial = _new_folder(folder)
             try:
                 _write_cache(partial, files, tokenizer_json, eos, progress)
@@ -193,22 +191,35 @@ def _new_folder(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path, progress: bool) -> Iterator[bool]:
-    """Hold the lock file ``path``; yields False where the platform or the file system has no locks."""
+def _exclusive(path: Path, progress: bool) -> Iterator[None]:
+    """Hold the lock file ``path``; without locks go on: the work is done twice, never wrong."""
     with open(path, "ab") as lock:
-        try:
-            import fcntl
+        if _lock(lock, wait=False) is False:
+            if progress:
+                print("another process tokenizes the same text; waiting for it", file=sys.stderr)
+            _lock(lock, wait=True)
+        yield
 
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if progress:
-                    print("another process tokenizes the same text; waiting for it", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            alone = True
-        except (ImportError, OSError):
-            alone = False
-        yield alone
+
+def _lock(file: BinaryIO, *, wait: bool) -> bool | None:
+    """Lock an open file until it is closed; False where another holds it, None where locks do not exist."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+def _remove_leftovers(cache_dir: Path) -> None:
+    """Free the space of builds that were killed: unfinished folders whose lock nobody holds."""
+    for leftover in cache_dir.glob("tokens-*.partial-*"):
+        with open(cache_dir / f"{leftover.name.partition('.')[0]}.lock", "ab") as lock:
+            if _lock(lock, wait=False):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 class _CacheWriter:
