@@ -1,0 +1,14 @@
+"""Which implementation computes an operator."""
+
+import importlib
+from types import ModuleType
+
+from torch import Tensor
+
+
+def lora_linear_implementation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, dropout_p: float, backend: str
+) -> ModuleType:
+    """The module whose forward and backward compute this problem."""
+    name = "aten" if backend == "auto" else backend
+    return importlib.import_module(f"lorakernels.ops.lora_linear.{name}")

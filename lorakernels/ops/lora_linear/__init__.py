@@ -1,0 +1,200 @@
+"""The LoRA linear: y = x·Wᵀ + b + s·(drop(x)·Aᵀ)·Bᵀ over a frozen W and b, as one differentiable operator.
+
+The public function checks its arguments and calls a torch.library operator, which torch.compile, autocast and
+activation checkpointing treat like one of torch's own. For the backward it keeps x, the thin
+S = s·drop(x)·Aᵀ, the dropout seed and references to the parameters: no dropped copy of x, no mask, no output.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lorakernels import dispatch
+
+BACKENDS = ("auto", "reference", "aten", "triton")
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """A frozen linear layer with a trainable low-rank update (LoRA, arXiv:2106.09685, section 4.1).
+
+    Args:
+        x: [..., K], float16, bfloat16, float32 or float64.
+        weight: [N, K] in x's dtype, frozen, in either storage order.
+        bias: [N] in x's dtype, frozen, or None.
+        lora_a: [r, K], r >= 1, in x's dtype or float32.
+        lora_b: [N, r] in lora_a's dtype.
+        scale: multiplies B·A directly (PEFT's lora_alpha / r); finite.
+        dropout_p: probability in [0, 1) with which the update's input elements are dropped, the rest scaled
+            by 1 / (1 - p). The mask follows torch.manual_seed; it differs between backends.
+        training: False turns dropout off.
+        backend: "auto" takes what was measured to be fastest here; the others force one. "triton" needs
+            a GPU, or CPU tensors under TRITON_INTERPRET=1.
+
+    Returns:
+        x @ weight.T + bias + scale * (dropout(x) @ lora_a.T) @ lora_b.T, shape [..., N], in x's dtype; under
+        autocast in autocast's dtype. Differentiable once in x, lora_a and lora_b.
+
+    Raises:
+        ValueError: a shape, device, probability, scale or backend that does not fit, or a weight or bias that
+            asks for a gradient. TypeError: a dtype that does not fit.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        # float32 adapters stay: the operator widens them exactly where 16 bits would lose their update
+        if lora_a.dtype != torch.float32:
+            lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    _check_tensors(x, weight, bias, lora_a, lora_b)
+    _check_options(scale, dropout_p, backend)
+    y, _, _ = _forward_op(
+        x, weight, bias, lora_a, lora_b, float(scale), float(dropout_p) if training else 0.0, backend
+    )
+    return y
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+    if x.ndim < 1:
+        raise ValueError("x: expected shape [..., K], got a tensor without dimensions")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: expected shape [N, {x.shape[-1]}] for x {_shape(x)}, got {_shape(weight)}")
+    n, k = weight.shape
+    if lora_a.ndim != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] != k:
+        raise ValueError(f"lora_a: expected shape [r, {k}] with r >= 1, got {_shape(lora_a)}")
+    expected_b = [n, lora_a.shape[0]]
+    if list(lora_b.shape) != expected_b:
+        raise ValueError(f"lora_b: expected shape {expected_b}, got {_shape(lora_b)}")
+    if bias is not None and list(bias.shape) != [n]:
+        raise ValueError(f"bias: expected shape {[n]}, got {_shape(bias)}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.requires_grad:
+            raise ValueError(f"{name}: expected a frozen tensor, got one with requires_grad=True")
+    wider = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if lora_a.dtype not in (x.dtype, wider):
+        raise TypeError(f"lora_a: expected {x.dtype} or {wider}, got {lora_a.dtype}")
+    if lora_b.dtype != lora_a.dtype:
+        raise TypeError(f"lora_b: expected lora_a's dtype {lora_a.dtype}, got {lora_b.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+
+
+def _check_options(scale: float, dropout_p: float, backend: str) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+# Tagged, or torch.compile with non-reentrant checkpointing would replay the forward under another mask, in
+# silence.
+@torch.library.custom_op(
+    "lorakernels::lora_linear_forward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def _forward_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    seed = torch.randint(2**63 - 1, _seed_shape(dropout_p), dtype=torch.int64, device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    run = dispatch.lora_linear_implementation(rows, weight, bias, lora_a, dropout_p, backend)
+    y, s = run.forward(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    return y.view(*x.shape[:-1], weight.shape[0]), s, seed
+
+
+@_forward_op.register_fake
+def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, backend):
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    s = lora_a.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0])
+    return y, s, x.new_empty(_seed_shape(dropout_p), dtype=torch.int64)
+
+
+def _seed_shape(dropout_p: float) -> tuple[int]:
+    return (1 if dropout_p else 0,)
+
+
+@torch.library.custom_op("lorakernels::lora_linear_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    seed: Tensor,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    dy_rows = dy.reshape(-1, dy.shape[-1])
+    run = dispatch.lora_linear_implementation(rows, weight, bias, lora_a, dropout_p, backend)
+    dx, da, db = run.backward(dy_rows, rows, weight, lora_a, lora_b, s, scale, dropout_p, seed, tuple(needs))
+    # an operator returns tensors, never None: an empty one stands for the gradient that nobody asked for
+    return (
+        x.new_empty(0) if dx is None else dx.view(x.shape),
+        lora_a.new_empty(0) if da is None else da.contiguous(),
+        lora_b.new_empty(0) if db is None else db.contiguous(),
+    )
+
+
+@_backward_op.register_fake
+def _(dy, x, weight, bias, lora_a, lora_b, s, seed, scale, dropout_p, backend, needs):
+    wanted = zip((x, lora_a, lora_b), needs, strict=True)
+    return tuple(like.new_empty(like.shape if need else (0,)) for like, need in wanted)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.backend = inputs
+    _, s, seed = output
+    ctx.save_for_backward(x, weight, bias, lora_a, lora_b, s, seed)
+
+
+def _backward(ctx, dy, _ds, _dseed):
+    x, weight, bias, lora_a, lora_b, s, seed = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
+    grads = _backward_op(
+        dy, x, weight, bias, lora_a, lora_b, s, seed, ctx.scale, ctx.dropout_p, ctx.backend, needs
+    )
+    dx, da, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dx, None, None, da, db, None, None, None
+
+
+def _refuse_double_backward(ctx, *_grads):
+    raise RuntimeError("lora_linear is differentiable once: its backward has no gradient (double backward)")
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(_refuse_double_backward)
