@@ -88,6 +88,9 @@ class LoraConfig:
     lora_scale: float = _key(4.0, "factor of B·A (PEFT's lora_alpha / r)")
     attention_layer_name: str = _key("query_key_value", "name of the linear layers that get an adapter")
     lora_dropout: float = _key(0.0, "dropout on the adapter's input", at_least=0, below=1)
+    parts: Any = _key(
+        None, "adapt only these rows of query_key_value, e.g. `[q, v]`; default all", choices=("q", "k", "v")
+    )
 
 
 @dataclass
@@ -348,8 +351,11 @@ def _is_allowed(spec: dataclasses.Field, value: Any) -> bool:
         return (
             isinstance(items, list) and bool(items) and all(isinstance(item, str) and item for item in items)
         )
-    if "choices" in rules and value not in rules["choices"]:
-        return False
+    if value is None:
+        return True  # what a key without a default may not be, its type has refused before
+    if "choices" in rules:
+        chosen = value if isinstance(value, list) else [value]
+        return bool(chosen) and all(item in rules["choices"] for item in chosen)
     numbers = value if isinstance(value, list) else [value]
     if "length" in rules and len(numbers) != rules["length"]:
         return False

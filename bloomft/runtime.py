@@ -1,0 +1,42 @@
+"""Settings of the whole process, made once, before the first tensor is computed."""
+
+import ctypes
+import os
+import sys
+
+import torch
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def setup_process() -> None:
+    """Prepare this process for training on a CPU; harmless on a GPU. Call it before any other torch work.
+
+    - Denormals are flushed to zero: ALiBi's steep heads push softmax weights into that range, where every
+      exp and GEMM crawls. The setting is per thread and inherited, hence before torch starts its thread pool.
+    - glibc keeps large blocks instead of returning them to the kernel, which would hand out every activation
+      as fresh, unmapped pages again.
+    """
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    # The tokenizers' Rust pool warns at every fork after use; no fork here tokenizes.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of ``train.device``: "auto", "cpu" or "cuda"."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of ``train.precision`` on ``device``: "auto" is bfloat16 on CUDA, float32 elsewhere."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
