@@ -8,9 +8,10 @@ import torch
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> torch.Tensor:
     """Slopes of ALiBi, float32 [num_heads], steepest first within each of the two rules.
 
-    Powers of two n: ``2^(-8/n · (h+1))``. Other head counts: the slopes of the nearest lower power of two, then
-    every second slope of the next higher one (Press et al. 2021, arXiv:2108.12409, and the authors' code). The
-    base is rounded to float32 before it is raised, as in transformers' BLOOM, so both give the same bits.
+    Powers of two n: ``2^(-8/n · (h+1))``. Other head counts: the slopes of the nearest lower power of two,
+    then every second slope of the next higher one (Press et al. 2021, arXiv:2108.12409, and the authors'
+    code). The base is rounded to float32 before it is raised, as in transformers' BLOOM: both give the same
+    bits.
 
     Raises ValueError if num_heads is below 1.
     """

@@ -1,8 +1,15 @@
-"""Cross entropy of a linear head, without ever holding the logits of all rows."""
+"""Cross entropy of a linear head over a large vocabulary, without the logits of all rows.
+
+With ``logits = hidden @ weight.T`` and ``p = softmax(logits)``, a row's loss is ``logsumexp(logits) -
+logits[label]`` and its gradients are ``d loss / d hidden = (p - onehot) @ weight`` and ``d loss / d weight
+= (p - onehot)ᵀ hidden``. The first is made in the forward pass, before it is known how the loss is reduced,
+and scaled in the backward pass. The second needs the incoming gradient of every row: the backward pass
+makes the logits again, a block at a time.
+"""
 
 import torch
 
-from lorakernels.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+from lorakernels.ops.linear_cross_entropy import aten
 
 __all__ = ["linear_cross_entropy"]
 
@@ -15,5 +22,178 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """``F.cross_entropy(hidden @ weight.T, labels)``; hidden [T, H], weight [V, H], labels [T]."""
-    return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, reduction)
+    """``F.cross_entropy(hidden @ weight.T, labels)`` that never holds a [T, V] tensor.
+
+    hidden [T, H] and weight [V, H] share a floating dtype (under autocast both are cast to its dtype);
+    labels [T] are integers in 0..V-1 or ignore_index. Rows with ignore_index are dropped before any matrix
+    product. The result is float32, float64 for float64 inputs: a scalar for reduction "mean" (over the rows
+    that are not ignored) and "sum", [T] with 0 for ignored rows for "none". Where every row is ignored
+    "mean" is nan and the gradients are zero, as in `F.cross_entropy`. Both hidden and weight may require a
+    gradient; each is made only if it is asked for, and gradients of gradients raise RuntimeError.
+
+    Raises TypeError for labels that are not integers and for mixed or non-floating dtypes, ValueError for
+    shapes that do not fit, labels out of range and an unknown reduction.
+    """
+    _check(hidden, weight, labels, reduction)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+        weight = weight.to(hidden.dtype)
+    if hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"hidden: expected float16, bfloat16, float32 or float64, got {hidden.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
+    labels = labels.long()
+    with_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    losses, _, _ = _forward(hidden, weight, labels, ignore_index, with_gradient)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (labels != ignore_index).sum()
+
+
+def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str) -> None:
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden: expected shape [T, H], got {list(hidden.shape)}")
+    rows, width = hidden.shape
+    if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected shape [V, {width}] with V >= 1, got {list(weight.shape)}")
+    if labels.ndim != 1 or labels.shape[0] != rows:
+        raise ValueError(f"labels: expected shape [{rows}], got {list(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
+    for name, tensor in (("weight", weight), ("labels", labels)):
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected hidden's device {hidden.device}, got {tensor.device}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
+
+
+def _implementation(device: torch.device):
+    if device.type == "cuda":
+        from lorakernels.ops.linear_cross_entropy import triton
+
+        return triton
+    return aten
+
+
+def _supervised(labels: torch.Tensor, ignore_index: int, vocabulary: int) -> torch.Tensor:
+    """Indices of the rows to keep. Waits for the device twice: for their number and to check their labels."""
+    index = (labels != ignore_index).nonzero()[:, 0]
+    if len(index):
+        lowest, highest = torch.stack(labels[index].aminmax()).tolist()
+        if lowest < 0 or highest >= vocabulary:
+            raise ValueError(
+                f"labels: expected 0..{vocabulary - 1} or ignore_index {ignore_index}, "
+                f"got values from {lowest} to {highest}"
+            )
+    return index
+
+
+def _rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return tensor if len(index) == len(tensor) else tensor[index]
+
+
+def _spread(values: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+    if len(values) == rows:
+        return values
+    return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, index, values)
+
+
+@torch.library.custom_op("lorakernels::linear_cross_entropy", mutates_args=())
+def _forward(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses [T], log-sum-exp [T] and the unscaled gradient [T, H] ([0, H] without), zero in ignored rows."""
+    rows = len(hidden)
+    index = _supervised(labels, ignore_index, len(weight))
+    room = _implementation(hidden.device)
+    losses, logsumexp, gradient = room.forward(
+        _rows(hidden, index), weight, _rows(labels, index), with_gradient
+    )
+    losses, logsumexp = _spread(losses, index, rows), _spread(logsumexp, index, rows)
+    if gradient is None:
+        return losses, logsumexp, losses.new_empty(0, hidden.shape[1])
+    return losses, logsumexp, _spread(gradient, index, rows)
+
+
+@_forward.register_fake
+def _(hidden, weight, labels, ignore_index, with_gradient):
+    dtype = aten.statistics_dtype(hidden.dtype)
+    losses = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    gradient = hidden.new_empty(hidden.shape[0] if with_gradient else 0, hidden.shape[1], dtype=dtype)
+    return losses, torch.empty_like(losses), gradient
+
+
+@torch.library.custom_op("lorakernels::linear_cross_entropy_hidden_backward", mutates_args=())
+def _hidden_backward(
+    row_gradient: torch.Tensor,
+    unscaled: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """row_gradient[t] · unscaled[t], rounded once; zero in ignored rows, whatever their row_gradient is."""
+    scale = row_gradient.masked_fill(labels == ignore_index, 0.0)
+    return (unscaled * scale[:, None]).to(dtype)
+
+
+@_hidden_backward.register_fake
+def _(row_gradient, unscaled, labels, ignore_index, dtype):
+    return unscaled.new_empty(unscaled.shape, dtype=dtype)
+
+
+@torch.library.custom_op("lorakernels::linear_cross_entropy_weight_backward", mutates_args=())
+def _weight_backward(
+    row_gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    logsumexp: torch.Tensor,
+    ignore_index: int,
+) -> torch.Tensor:
+    index = _supervised(labels, ignore_index, len(weight))
+    parts = (_rows(part, index) for part in (hidden, labels, losses, logsumexp, row_gradient))
+    hidden, labels, losses, logsumexp, row_gradient = parts
+    room = _implementation(hidden.device)
+    return room.weight_gradient(hidden, weight, labels, losses, logsumexp, row_gradient)
+
+
+@_weight_backward.register_fake
+def _(row_gradient, hidden, weight, labels, losses, logsumexp, ignore_index):
+    return torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, labels, ctx.ignore_index, _ = inputs
+    losses, logsumexp, unscaled = output
+    ctx.mark_non_differentiable(logsumexp, unscaled)
+    ctx.dtype = hidden.dtype
+    trained = ctx.needs_input_grad[1]
+    ctx.save_for_backward(labels, unscaled, *((hidden, weight, losses, logsumexp) if trained else ()))
+
+
+def _backward(ctx, row_gradient, _logsumexp_gradient, _unscaled_gradient):
+    labels, unscaled, *head = ctx.saved_tensors
+    hidden_gradient = weight_gradient = None
+    if ctx.needs_input_grad[0]:
+        hidden_gradient = _hidden_backward(row_gradient, unscaled, labels, ctx.ignore_index, ctx.dtype)
+    if head:
+        hidden, weight, losses, logsumexp = head
+        weight_gradient = _weight_backward(
+            row_gradient, hidden, weight, labels, losses, logsumexp, ctx.ignore_index
+        )
+    return hidden_gradient, weight_gradient, None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+def _refuse_double_backward(ctx, *_gradients):
+    raise RuntimeError("linear_cross_entropy is differentiable once: its backward has no gradient")
+
+
+_hidden_backward.register_autograd(_refuse_double_backward)
+_weight_backward.register_autograd(_refuse_double_backward)

@@ -1,7 +1,6 @@
 """The definition of `linear_cross_entropy` in plain torch; holds all logits, runs in any floating dtype."""
 
 import torch
-import torch.nn.functional as F
 
 
 def linear_cross_entropy_reference(
@@ -11,4 +10,4 @@ def linear_cross_entropy_reference(
     logits = hidden @ weight.T  # [T, V]
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)

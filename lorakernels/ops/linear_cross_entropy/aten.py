@@ -1,0 +1,126 @@
+"""`linear_cross_entropy` in ATen operations: one pass over the vocabulary, a block of logits at a time.
+
+The gradient of the hidden states is a softmax-weighted mean of the head's rows, which is attention with the
+head as keys and values; so the running-maximum scheme of Milakov and Gimelshein (2018, arXiv:1805.02867)
+makes the loss and the gradient from each block of the head while it is in cache. The label's own logit
+stays out of the running sums: with ``z = log(sum of the other exponentials) - label's logit`` the loss is
+``softplus(z)`` and the gradient ``sigmoid(z) · (mean of the other rows - label's row)``, and neither loses
+digits when the model is confident.
+"""
+
+import torch
+
+from lorakernels.cpu_gemm import weight_blocks, widens
+
+BUFFER_BYTES = 16 * 2**20
+COLUMNS = 4096
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses, softmax statistics and unscaled gradients: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_rows(columns: int, dtype: torch.dtype) -> int:
+    """How many rows of logits fit the buffer beside `columns` columns; at least 1."""
+    return max(1, BUFFER_BYTES // (columns * dtype.itemsize))
+
+
+def forward(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Losses [T], log-sum-exp of the logits [T] and, if asked, d loss / d hidden [T, H], all unreduced.
+
+    hidden [T, H] and weight [V, H] of one dtype, labels [T] all valid. The results are in `statistics_dtype`.
+    """
+    rows, width = hidden.shape
+    dtype = statistics_dtype(hidden.dtype)
+    compute = dtype if hidden.dtype == dtype or widens(weight.dtype) else weight.dtype
+    states = hidden.to(compute)
+    maximum = states.new_full((rows, 1), torch.finfo(dtype).min, dtype=dtype)
+    total = torch.zeros_like(maximum)
+    label_logit = torch.zeros_like(maximum)
+    mean = states.new_zeros((rows, width) if with_gradient else (0,), dtype=dtype)
+    columns = min(COLUMNS, len(weight))
+    chunk = min(rows, block_rows(columns, dtype))
+    buffer = states.new_empty(chunk * columns, dtype=dtype)
+    for start, _, block in weight_blocks(weight, columns, compute):
+        for first in range(0, rows, chunk):
+            part = slice(first, min(first + chunk, rows))
+            logits = _product(states[part], block.T, buffer)
+            _take_label(logits, labels[part, None] - start, label_logit[part])
+            highest = torch.maximum(maximum[part], logits.amax(dim=1, keepdim=True))
+            decay = (maximum[part] - highest).exp_()
+            maximum[part] = highest
+            weights = logits.sub_(highest).exp_()
+            total[part] = total[part].mul_(decay) + weights.sum(dim=1, keepdim=True)
+            if with_gradient:
+                _accumulate(mean[part].mul_(decay), weights, block)
+    odds = total.clamp_(min=torch.finfo(dtype).tiny).log().add_(maximum).sub_(label_logit)
+    losses = torch.logaddexp(odds, torch.zeros_like(odds))
+    if with_gradient:
+        mean.div_(total).sub_(weight[labels]).mul_(odds.sigmoid_())
+    return losses[:, 0], (label_logit + losses)[:, 0], mean if with_gradient else None
+
+
+def weight_gradient(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    logsumexp: torch.Tensor,
+    row_gradient: torch.Tensor,
+) -> torch.Tensor:
+    """``sum over t of row_gradient[t] · (softmax - onehot)[t]ᵀ hidden[t]``, [V, H]; logits are made again."""
+    dtype = statistics_dtype(hidden.dtype)
+    compute = dtype if hidden.dtype == dtype or widens(weight.dtype) else weight.dtype
+    states = hidden.to(compute)
+    result = torch.zeros_like(weight)
+    columns = min(COLUMNS, len(weight))
+    chunk = min(len(hidden), block_rows(columns, dtype))
+    buffer = states.new_empty(chunk * columns, dtype=dtype)
+    gradient_buffer = states.new_empty(columns, hidden.shape[1], dtype=dtype)
+    label_gradient = torch.expm1(-losses)[:, None]
+    for start, stop, block in weight_blocks(weight, columns, compute):
+        gradient = gradient_buffer[: stop - start].zero_()
+        for first in range(0, len(hidden), chunk):
+            part = slice(first, min(first + chunk, len(hidden)))
+            logits = _product(states[part], block.T, buffer)
+            weights = logits.sub_(logsumexp[part, None]).exp_()
+            _put_label(weights, labels[part, None] - start, label_gradient[part])
+            _accumulate(gradient, weights.mul_(row_gradient[part, None]).T, states[part])
+        result[start:stop] = gradient
+    return result
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    out = buffer[: left.shape[0] * right.shape[1]].view(left.shape[0], right.shape[1])
+    if left.dtype == buffer.dtype:
+        return torch.mm(left, right, out=out)
+    return out.copy_(left @ right)
+
+
+def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left.to(right.dtype) @ right)
+
+
+def _inside(logits: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    inside = (column >= 0) & (column < logits.shape[1])
+    return inside, torch.where(inside, column, 0)
+
+
+def _take_label(logits: torch.Tensor, column: torch.Tensor, label_logit: torch.Tensor) -> None:
+    """Move the label's logit, where this block has it, out of logits [R, C] into label_logit [R, 1]."""
+    inside, column = _inside(logits, column)
+    found = logits.gather(1, column)
+    label_logit.copy_(torch.where(inside, found, label_logit))
+    logits.scatter_(1, column, torch.where(inside, -torch.inf, found))
+
+
+def _put_label(values: torch.Tensor, column: torch.Tensor, new: torch.Tensor) -> None:
+    """Write new [R, 1] at the label's column of values [R, C], where this block has it."""
+    inside, column = _inside(values, column)
+    values.scatter_(1, column, torch.where(inside, new, values.gather(1, column)))
