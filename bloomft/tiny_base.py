@@ -1,0 +1,171 @@
+"""The embedded base model: a small real BLOOM, pre-trained once on text that every Python carries.
+
+Its corpus is the docstrings of the standard library; its tokenizer, byte-level BPE like BLOOM's own, is
+trained on the same text. Made on first use in about a minute of two CPU cores and kept in the cache.
+"""
+
+import ast
+import hashlib
+import math
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import ByteLevelBPETokenizer
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+
+from bloomft.config import default_cache_dir
+from bloomft.errors import UserError
+from bloomft.patch import fuse_bloom, unfuse_bloom
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # BLOOM's own, under BLOOM's own ids
+
+
+@dataclass(frozen=True)
+class TinyRecipe:
+    """Size and training of the embedded base; part of its cache key."""
+
+    version: int = 1
+    vocab_size: int = 4096
+    hidden_size: int = 192
+    n_layer: int = 4
+    n_head: int = 6
+    sequence_length: int = 256  # tokens
+    batch_size: int = 8  # rows
+    steps: int = 400
+    lr: float = 4e-3
+    weight_decay: float = 0.1
+    seed: int = 0
+
+
+def tiny_base_folder(recipe: TinyRecipe | None = None, *, cache_dir: Path | None = None) -> Path:
+    """The Hugging Face folder of the embedded base, pre-trained now if the cache does not have it.
+
+    The folder's name holds the recipe and the Python version, whose docstrings are the corpus. Raises
+    `UserError` when the cache cannot be written or this Python has no docstrings to read.
+    """
+    recipe = recipe or TinyRecipe()
+    identity = f"{sorted(asdict(recipe).items())} {sys.version_info[:3]}"
+    name = f"tiny-base-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}"
+    folder = (cache_dir or default_cache_dir()) / name
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: cannot write the cache: {error.strerror}; set XDG_CACHE_HOME"
+        ) from error
+    try:
+        _pretrain(recipe, scratch)
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            # Another process was first; its folder is as good.
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def standard_library_docstrings() -> Iterator[str]:
+    """Docstrings of the standard library's modules, classes and functions, a text a module, tests left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    for path in sorted(root.rglob("*.py")):
+        if skipped.intersection(path.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            continue
+        if found := list(_docstrings(tree)):
+            yield "\n\n".join(found)
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    if text := ast.get_docstring(node):
+        yield text
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child)
+
+
+def _pretrain(recipe: TinyRecipe, folder: Path) -> None:
+    corpus = list(standard_library_docstrings())
+    if not corpus:
+        raise UserError("this Python has no standard-library sources to pre-train builtin:tiny on")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        corpus, vocab_size=recipe.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+    )
+    unk, bos, eos, pad = SPECIAL_TOKENS
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=pad
+    )
+    stream = [id for encoding in bpe.encode_batch(corpus) for id in [*encoding.ids, tokenizer.eos_token_id]]
+    tokens = torch.tensor(stream[: len(stream) // recipe.sequence_length * recipe.sequence_length])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = BloomForCausalLM(
+            BloomConfig(
+                vocab_size=recipe.vocab_size,
+                hidden_size=recipe.hidden_size,
+                n_layer=recipe.n_layer,
+                n_head=recipe.n_head,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        _fit(fuse_bloom(model), tokens.view(-1, recipe.sequence_length), recipe)
+    unfuse_bloom(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> None:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=recipe.lr,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    warmup = max(1, recipe.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / recipe.steps)))),
+    )
+    generator = torch.Generator().manual_seed(recipe.seed)
+    model.train()
+    columns = (
+        TextColumn("pre-training builtin:tiny"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=recipe.steps, loss=math.nan)
+        order = torch.empty(0, dtype=torch.int64)
+        for _ in range(recipe.steps):
+            if len(order) < recipe.batch_size:
+                order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
+            picked, order = order[: recipe.batch_size], order[recipe.batch_size :]
+            loss = model(rows[picked], labels=rows[picked]).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            progress.update(task, advance=1, loss=loss.item())
+    model.eval()
