@@ -89,7 +89,7 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 
 def find_checkpoint(given: str, run_dir: Path) -> Path:
-    """``given`` as it stands or, if it is relative and not there, inside the run's folder; else `UserError`."""
+    """``given`` as it stands, or inside the run's folder if relative and not there; else `UserError`."""
     path = Path(given).expanduser()
     if path.exists():
         return path

@@ -18,11 +18,15 @@ TINY_BASE = "builtin:tiny"
 
 @dataclass
 class Base:
-    """A frozen base model in its stored dtype, with the identity that checkpoints remember."""
+    """A frozen base model in its stored dtype, with the identity that checkpoints remember.
+
+    ``name`` is what the configuration says, ``location`` what ``from_pretrained`` was given.
+    """
 
     model: BloomForCausalLM
     tokenizer: PreTrainedTokenizerFast
     name: str
+    location: str
     dtype: torch.dtype
     fingerprint: str
 
@@ -69,7 +73,7 @@ def load_base(config: TransformerConfig) -> Base:
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
             "they do not belong together"
         )
-    return Base(model, tokenizer, name, model.dtype, fingerprint(model))
+    return Base(model, tokenizer, name, location, model.dtype, fingerprint(model))
 
 
 def patch_base(base: Base, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> BloomForCausalLM:

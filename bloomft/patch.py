@@ -118,6 +118,11 @@ def unfuse_bloom(model: BloomForCausalLM) -> BloomForCausalLM:
     return model
 
 
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Name to layer of every `LoRALinear`, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
 def adapter_state(model: BloomForCausalLM) -> dict[str, Tensor]:
     """Name to tensor of every ``lora_a`` and ``lora_b`` of a patched model, in layer order, not copied."""
     return {

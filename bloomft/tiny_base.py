@@ -78,7 +78,7 @@ def tiny_base_folder(recipe: TinyRecipe | None = None, *, cache_dir: Path | None
 
 
 def standard_library_docstrings() -> Iterator[str]:
-    """Docstrings of the standard library's modules, classes and functions, a text a module, tests left out."""
+    """Docstrings of the standard library: modules, classes, functions; a text a module, tests left out."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
     for path in sorted(root.rglob("*.py")):

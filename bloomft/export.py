@@ -1,0 +1,169 @@
+"""Turn a checkpoint into files that others load: ``python -m bloomft.export CONFIG CHECKPOINT``.
+
+``--format merged`` (default) is a Hugging Face folder; ``--format adapter`` is PEFT's format.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bloomft.adapters import save_peft_adapter
+from bloomft.arguments import parse_command
+from bloomft.checkpoint import TrainingState, check_base, find_checkpoint, load_checkpoint
+from bloomft.config import Config, LoraConfig
+from bloomft.errors import UserError, run_command
+from bloomft.files import make_folder, sync_folder
+from bloomft.model import Base, load_base, patch_base, quiet_transformers
+from bloomft.patch import load_adapter_state, unpatch_bloom
+from bloomft.runtime import pick_device, setup_process
+from bloomft.train import evaluate, load_data
+
+MARK = "bloomft_export.json"
+
+
+@dataclass
+class MergeShift:
+    """How far merging moved the model: the price of rounding W + s·B·A to the base's dtype.
+
+    Attributes:
+        logits: largest absolute difference of the logits on the probed rows, and ``logits_scale`` the largest
+            absolute logit there.
+        unmerged_loss, merged_loss: held-out losses, None where the held-out text is not to be had.
+    """
+
+    logits: float
+    logits_scale: float
+    unmerged_loss: float | None
+    merged_loss: float | None
+
+
+def restore(config: Config, state: TrainingState, path: Path, base: Base):
+    """The patched model of a checkpoint, in the base's stored dtype, in eval mode.
+
+    The adapters' shape comes from the checkpoint, whatever ``config`` says of it by now. Raises `UserError`
+    if the base is not the one that the checkpoint was trained on.
+    """
+    check_base(state, base.name, base.fingerprint, path)
+    config.model.lora = LoraConfig(**state.lora)
+    model = patch_base(base, config.model, pick_device(config.train.device), base.dtype)
+    try:
+        load_adapter_state(model, state.adapters)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return model.eval()
+
+
+def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeShift | None:
+    """Write ``output`` from ``checkpoint``; ``kind`` is "merged" or "adapter".
+
+    The folder is written aside and renamed into place; an earlier export there is replaced, anything else is
+    a `UserError`. Returns how far merging moved the model, None for an adapter.
+    """
+    if (
+        output.exists()
+        and not (output / MARK).is_file()
+        and not (output.is_dir() and not any(output.iterdir()))
+    ):
+        raise UserError(f"{output}: exists and is no earlier export; choose another folder with --output")
+    state = load_checkpoint(checkpoint)
+    base = load_base(config.model.transformer)
+    model = restore(config, state, checkpoint, base)
+    make_folder(output.parent)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        shift = None
+        if kind == "adapter":
+            save_peft_adapter(model, scratch, base.location)
+        else:
+            shift = _save_merged(config, base, model, scratch)
+        about = {"checkpoint": checkpoint.name, "step": state.step, "format": kind, "base": state.base}
+        (scratch / MARK).write_text(json.dumps(about, indent=2) + "\n")
+        scratch.chmod(0o755)
+        _sync_tree(scratch)
+        if output.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
+            os.replace(output, retired / output.name)
+            os.replace(scratch, output)
+            shutil.rmtree(retired)
+        else:
+            os.replace(scratch, output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return shift
+
+
+def _save_merged(config: Config, base: Base, model, folder: Path) -> MergeShift:
+    try:
+        _, heldout, _ = load_data(config, base)
+    except UserError as error:
+        print(f"held-out loss is not compared: {error}")
+        heldout = None
+    if heldout is not None:
+        probe = next(heldout.eval_batches(1))["input_ids"]
+    else:
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randint(model.config.vocab_size, (1, config.data.max_length), generator=generator)
+    measured = []
+    for merging in (False, True):
+        if merging:
+            model = unpatch_bloom(model, merge=True)
+        with torch.no_grad():
+            logits = model(probe.to(model.device), use_cache=False).logits.float()
+        loss = None if heldout is None else evaluate(model, heldout, config.train.batch_size)
+        measured.append((logits, loss))
+    (unmerged, unmerged_loss), (merged, merged_loss) = measured
+    model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return MergeShift(
+        (merged - unmerged).abs().max().item(), unmerged.abs().max().item(), unmerged_loss, merged_loss
+    )
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command: CONFIG CHECKPOINT [--output DIR] [--format merged|adapter] [key=value ...]."""
+    parser = argparse.ArgumentParser(prog="python -m bloomft.export", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="the YAML file of the run")
+    parser.add_argument("checkpoint", help="a checkpoint, or its name inside the run's folder")
+    parser.add_argument("--output", help="folder to write; default <run folder>/<format>")
+    parser.add_argument("--format", choices=("merged", "adapter"), default="merged")
+    options, config = parse_command(parser, arguments)
+    setup_process()
+    quiet_transformers()
+    run_dir = Path(config.train.output_dir)
+    checkpoint = find_checkpoint(options.checkpoint, run_dir)
+    output = Path(options.output) if options.output else run_dir / options.format
+    shift = export(config, checkpoint, output, options.format)
+    if shift is not None:
+        print(
+            f"merged in float32: logits moved by at most {shift.logits:.2e} "
+            f"(largest logit {shift.logits_scale:.2f})"
+        )
+        if shift.merged_loss is not None:
+            moved = shift.merged_loss - shift.unmerged_loss
+            print(
+                f"held-out loss {shift.unmerged_loss:.6f} unmerged, "
+                f"{shift.merged_loss:.6f} merged ({moved:+.1e})"
+            )
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

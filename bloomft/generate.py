@@ -1,0 +1,144 @@
+"""Write text with the base or what was trained: ``python -m bloomft.generate CONFIG [CHECKPOINT]``.
+
+Without CHECKPOINT it shows what the base writes, for comparison. The same seed gives the same text.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import BloomForCausalLM, PreTrainedTokenizerFast, TextStreamer
+
+from bloomft.adapters import CONFIG_NAME, load_peft_adapter, load_peft_config
+from bloomft.arguments import split_overrides
+from bloomft.checkpoint import find_checkpoint, load_checkpoint
+from bloomft.config import Config, ModelConfig, TransformerConfig, load_config
+from bloomft.errors import UserError, run_command
+from bloomft.export import restore
+from bloomft.model import load_base, patch_base, quiet_transformers
+from bloomft.runtime import pick_device, setup_process
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; a temperature of 0 takes the likeliest token each time."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+
+
+def generate(
+    model: BloomForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    sampling: Sampling,
+    streamer: TextStreamer | None = None,
+) -> str:
+    """The continuation of ``prompt``, without the prompt and without special tokens.
+
+    A ``streamer`` is given the text as it comes. Raises `UserError` for a prompt without a single token.
+    """
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    if encoded["input_ids"].shape[1] == 0:
+        raise UserError("--prompt: expected at least one character")
+    input_ids = encoded["input_ids"].to(model.device)
+    torch.manual_seed(sampling.seed)
+    drawing = {"do_sample": False}
+    if sampling.temperature > 0:
+        drawing = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+        }
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    with torch.no_grad():
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad,
+            streamer=streamer,
+            **drawing,
+        )
+    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def load_for_generation(
+    source: str, checkpoint: str | None, overrides: Sequence[str] = ()
+) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
+    """Model in eval mode and tokenizer.
+
+    ``source`` is a configuration or a folder with a merged model. ``checkpoint`` is None (the base alone), a
+    checkpoint, or an exported folder: an adapter's is put on the base, a merged one stands for itself.
+    """
+    if Path(source).is_dir():
+        if checkpoint is not None or overrides:
+            raise UserError(f"{source}: a folder stands for itself; no checkpoint and no key=value beside it")
+        return _load_folder(source, "auto")
+    config = load_config(source, overrides)
+    if checkpoint is None:
+        base = load_base(config.model.transformer)
+        return base.model.to(pick_device(config.train.device)).eval(), base.tokenizer
+    path = find_checkpoint(checkpoint, Path(config.train.output_dir))
+    if path.is_dir() and (path / CONFIG_NAME).is_file():
+        return _load_adapter_folder(config, path)
+    if path.is_dir():
+        return _load_folder(str(path), config.train.device)
+    state = load_checkpoint(path)
+    base = load_base(config.model.transformer)
+    return restore(config, state, path, base), base.tokenizer
+
+
+def _load_folder(folder: str, device: str) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
+    base = load_base(TransformerConfig(pretrained_model_name_or_path=folder))
+    return base.model.to(pick_device(device)).eval(), base.tokenizer
+
+
+def _load_adapter_folder(config: Config, folder: Path) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
+    lora = load_peft_config(folder)
+    base = load_base(config.model.transformer)
+    shape = ModelConfig(transformer=config.model.transformer)
+    shape.lora.lora_dim = lora["lora_dim"]
+    shape.lora.lora_scale = lora["lora_scale"]
+    shape.lora.attention_layer_name = lora["attention_layer_name"]
+    model = patch_base(base, shape, pick_device(config.train.device), base.dtype)
+    load_peft_adapter(model, folder)
+    return model.eval(), base.tokenizer
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command: CONFIG [CHECKPOINT] --prompt TEXT [options] [key=value ...]."""
+    parser = argparse.ArgumentParser(prog="python -m bloomft.generate", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="the YAML file of the run, or an exported folder")
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint or an exported folder; none: the base")
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens)
+    parser.add_argument(
+        "--temperature", type=float, default=Sampling.temperature, help="0: the likeliest token"
+    )
+    parser.add_argument("--top-p", type=float, default=Sampling.top_p)
+    parser.add_argument("--seed", type=int, default=Sampling.seed)
+    options, overrides = split_overrides(parser, arguments)
+    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise UserError("--max-new-tokens must be ≥ 1, --temperature ≥ 0 and --top-p in (0, 1]")
+    if not 0 <= options.seed < 2**63:
+        raise UserError("--seed must be ≥ 0 and < 2^63")
+    setup_process()
+    quiet_transformers()
+    model, tokenizer = load_for_generation(options.config, options.checkpoint, overrides)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    print(prompt, end="", flush=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generate(model, tokenizer, prompt, sampling, streamer)
+
+
+if __name__ == "__main__":
+    run_command(main)
