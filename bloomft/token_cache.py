@@ -51,6 +51,8 @@ FORMAT_VERSION = 1
 PIECE_CHARACTERS = 1 << 15
 BATCH_CHARACTERS = 1 << 19
 READ_BYTES = 1 << 20
+# BLOOM's pre-tokenizer keeps these together with blanks beside them.
+NO_WORD = frozenset("()|[].,!?…。，、।۔،")
 
 _META = "meta.json"
 
@@ -354,9 +356,10 @@ def _pieces(document: Document) -> Iterator[tuple[str, bool, bool]]:
 def cut_text(text: str, limit: int) -> Iterator[str]:
     """Cut ``text`` into pieces of at most ``limit`` characters where the tokens cannot tell.
 
-    Byte-level BPE never merges across the pre-tokenizer's borders, and both BLOOM's and GPT-2's have one
-    after a line break between a non-blank and a letter or digit, and before a single blank in such a place.
-    Where the second half of a piece has neither, it is cut at the limit: the text stays, one token may not.
+    Byte-level BPE never merges across the pre-tokenizer's borders. Both BLOOM's and GPT-2's have one before
+    the last blank ahead of a word, whatever comes earlier, and after a line break between a non-blank and a
+    word. Where the second half of a piece has neither, it is cut at the limit: the text stays, one token may
+    not.
     """
     start = 0
     while len(text) - start > limit:
@@ -372,7 +375,8 @@ def _safe_cut(text: str, low: int, high: int) -> int:
     for blank, shift in (("\n", 1), (" ", 0)):
         at = text.rfind(blank, max(low, 1), high)
         while at > 0:
-            if not text[at - 1].isspace() and text[at + 1].isalnum():
+            starts_word = not text[at + 1].isspace() and text[at + 1] not in NO_WORD
+            if starts_word and (blank == " " or not text[at - 1].isspace()):
                 return at + shift
             at = text.rfind(blank, max(low, 1), at)
     return high
