@@ -63,14 +63,15 @@ class TokenCache:
 
     tokens: [num_tokens] uint16 or uint32, all documents one after another; offsets: [num_documents + 1]
     int64, where each begins and the last ends; prompt_lengths: [num_documents] int64, how many of a
-    document's tokens are prompt; report: what reading the files found. The arrays are read-only memory maps
-    when they come from `build_token_cache`.
+    document's tokens are prompt; report: what reading the files found; key: hash of the content and
+    the tokenizer that made it. The arrays are read-only memory maps when they come from `build_token_cache`.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     prompt_lengths: np.ndarray
     report: ReadReport
+    key: str = ""
 
     @property
     def num_documents(self) -> int:
@@ -403,7 +404,9 @@ def _open_cache(folder: Path) -> TokenCache | None:
             arrays[name] = np.memmap(path, dtype=dtype, mode="r", shape=(length,)).view(np.ndarray)
             if _checksum(path) != meta["crc32"][name]:
                 return None
-        return TokenCache(**arrays, report=ReadReport(**meta["report"]))
+        return TokenCache(
+            **arrays, report=ReadReport(**meta["report"]), key=folder.name.removeprefix("tokens-")
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
