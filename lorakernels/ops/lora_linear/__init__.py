@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakernels import dispatch
+from lorakernels.ops.lora_linear.reference import wide_dtype
 
 BACKENDS = ("auto", "reference", "aten", "triton")
 
@@ -135,7 +136,7 @@ def _forward_op(
 @_forward_op.register_fake
 def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, backend):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    s = lora_a.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0])
+    s = x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0], dtype=wide_dtype(x.dtype))
     return y, s, x.new_empty(_seed_shape(dropout_p), dtype=torch.int64)
 
 

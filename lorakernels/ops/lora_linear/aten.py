@@ -1,13 +1,17 @@
-"""The LoRA linear on the vendor's GEMM: the frozen product, then a thin addmm into the same memory.
+"""The LoRA linear on the vendor's GEMM: the frozen product, then a thin product added into the same memory.
 
-The in-place addmm (beta = 1) spares the separate passes over y and dx that the plain expression pays.
-Signatures and shapes are those of reference.py.
+The in-place addmm (beta = 1) spares the separate passes over y and dx that the plain expression pays. forward
+and backward run the frozen product in x's dtype; forward_wide and backward_wide run it in float32 on blocks
+of a 16-bit weight, for a CPU whose 16-bit products are slower than its float32 ones. Signatures and shapes
+are those of reference.py; S and dS are in float32 or wider.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from lorakernels.ops.lora_linear.reference import keep_mask
+from lorakernels.ops.lora_linear.reference import keep_mask, wide_dtype
 
 # Rows of a 16-bit operand that are widened at a time: bounds the float32 copy, long enough for full GEMM
 # speed.
@@ -24,11 +28,8 @@ def forward(
     dropout_p: float,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """y [M, N] in x's dtype and S [M, r] in the adapters' dtype, scale included."""
-    dropped = x
-    if dropout_p:
-        dropped = x * keep_mask(seed, *x.shape, dropout_p, x.device)
-    s = _wide_product(dropped, lora_a.T).mul_(scale / (1 - dropout_p))
+    """y [M, N] in x's dtype and S [M, r] in wide_dtype, scale included."""
+    s = _shrink(x, lora_a, scale, dropout_p, seed)
     y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
     return _add_product(y, s, lora_b.T), s
 
@@ -46,50 +47,147 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
-    need_x, need_a, need_b = needs
-    keep = keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p and (need_x or need_a) else None
-    dx = da = db = ds = None
-    if need_x or need_a:
-        ds = _wide_product(dy, lora_b).mul_(scale / (1 - dropout_p))
-    if need_x:
+    ds, keep, da, db = _thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
+    dx = None
+    if needs[0]:
         dx = torch.mm(dy, weight)
         if keep is None:
             _add_product(dx, ds, lora_a)
         else:
-            dx.add_((ds @ lora_a).mul_(keep))
-    if need_a:
-        da = _wide_product_over_rows(x if keep is None else x * keep, ds).T
-    if need_b:
-        db = _wide_product_over_rows(dy, s)
+            dx.add_((ds @ lora_a.to(ds.dtype)).mul_(keep))
     return dx, da, db
 
 
+def forward_wide(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As forward, the products in float32: y is rounded once."""
+    s = _shrink(x, lora_a, scale, dropout_p, seed)
+    wide_x, wide_b = x.to(s.dtype), lora_b.to(s.dtype)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    for rows, block in _wide_blocks(weight, s.dtype):
+        part = wide_x @ block.T if bias is None else torch.addmm(bias[rows].to(s.dtype), wide_x, block.T)
+        y[:, rows] = part.addmm_(s, wide_b[rows].T)
+    return y, s
+
+
+def backward_wide(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As backward, the products in float32: dx is rounded once."""
+    ds, keep, da, db = _thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
+    dx = None
+    if needs[0]:
+        total = ds @ lora_a.to(ds.dtype)
+        if keep is not None:
+            total.mul_(keep)
+        for rows, block in _wide_blocks(weight, ds.dtype):
+            total.addmm_(dy[:, rows].to(ds.dtype), block)
+        dx = total.to(x.dtype)
+    return dx, da, db
+
+
+def _shrink(x: Tensor, lora_a: Tensor, scale: float, dropout_p: float, seed: Tensor) -> Tensor:
+    """S = scale·drop(x)·Aᵀ, [M, r]."""
+    dropped = x * keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else x
+    return _wide_product(dropped, lora_a.T).mul_(scale / (1 - dropout_p))
+
+
+def _thin_gradients(
+    dy: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dS [M, r], the keep mask [M, K], dA and dB, each None where it is not needed."""
+    need_x, need_a, need_b = needs
+    ds = keep = da = db = None
+    if need_x or need_a:
+        ds = _wide_product(dy, lora_b).mul_(scale / (1 - dropout_p))
+        keep = keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else None
+    if need_a:
+        da = _wide_product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
+    if need_b:
+        db = _wide_product_over_rows(dy, s).to(lora_b.dtype)
+    return ds, keep, da, db
+
+
+def _wide_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of weight in dtype, each with its slice."""
+    for start in range(0, weight.shape[0], WIDEN_ROWS):
+        rows = slice(start, start + WIDEN_ROWS)
+        yield rows, weight[rows].to(dtype)
+
+
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] times b [K, r] in b's dtype, without a whole copy of a where b is wider."""
-    if a.dtype == b.dtype:
+    """a [M, K] times b [K, r] in a's wide dtype, without a whole wide copy of a."""
+    wide = wide_dtype(a.dtype)
+    if a.dtype == wide:
         return a @ b
-    out = torch.empty(a.shape[0], b.shape[1], dtype=b.dtype, device=a.device)
+    if a.is_cuda:
+        return _product_of_parts(a, b)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=wide, device=a.device)
     for rows, block in zip(out.split(WIDEN_ROWS), a.split(WIDEN_ROWS), strict=True):
-        torch.mm(block.to(b.dtype), b, out=rows)
+        torch.mm(block.to(wide), b.to(wide), out=rows)
     return out
 
 
 def _wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ [K, M] times b [M, r] in b's dtype, without a whole copy of a where b is wider."""
-    if a.dtype == b.dtype:
+    """aᵀ [K, M] times b [M, r] in a's wide dtype, without a whole wide copy of a."""
+    wide = wide_dtype(a.dtype)
+    if a.dtype == wide:
         return a.T @ b
-    out = torch.zeros(a.shape[1], b.shape[1], dtype=b.dtype, device=a.device)
+    if a.is_cuda:
+        return _product_of_parts(a.T, b)
+    out = torch.zeros(a.shape[1], b.shape[1], dtype=wide, device=a.device)
     for block, rows in zip(a.split(WIDEN_ROWS), b.split(WIDEN_ROWS), strict=True):
-        out.addmm_(block.to(b.dtype).T, rows)
+        out.addmm_(block.to(wide).T, rows)
     return out
+
+
+def _product_of_parts(a: Tensor, b: Tensor) -> Tensor:
+    """a in 16 bits times b [K, r] by 16-bit GEMMs into float32: b as high + mid / shift + low / shift²."""
+    if a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    shift = 2048.0 if a.dtype == torch.float16 else 1.0
+    high = b.to(a.dtype)
+    rest = (b - high) * shift
+    mid = rest.to(a.dtype)
+    low = ((rest - mid) * shift).to(a.dtype)
+    products = torch.mm(a, torch.cat([high, mid, low], 1), out_dtype=torch.float32)
+    high, mid, low = products.chunk(3, 1)
+    return high + (mid + low / shift) / shift
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Add a [M, r] times b [r, N] to out in place, at no less than out's own precision, and return out."""
     if a.dtype == out.dtype:
         return out.addmm_(a, b)
-    # a float32 product out of 16-bit GEMMs: high·high + low·high + high·low as one product of three times the
-    # rank
+    # one 16-bit product of a longer rank: (high + low)·high and, where b is wide, + high·low
     a_high, b_high = a.to(out.dtype), b.to(out.dtype)
-    a_low, b_low = (a - a_high).to(out.dtype), (b - b_high).to(out.dtype)
-    return out.addmm_(torch.cat([a_high, a_low, a_high], 1), torch.cat([b_high, b_high, b_low], 0))
+    left, right = [a_high, (a - a_high).to(out.dtype)], [b_high, b_high]
+    if b.dtype != out.dtype:
+        left.append(a_high)
+        right.append((b - b_high).to(out.dtype))
+    return out.addmm_(torch.cat(left, 1), torch.cat(right, 0))

@@ -50,6 +50,11 @@ def plain_lora_linear(
     return (linear(x, weight, bias) + scale * linear(inner, lora_b)).to(x.dtype)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of S, dS and of accumulation beside an x of dtype: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -60,12 +65,15 @@ def forward(
     dropout_p: float,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """y [M, N] in x's dtype and S [M, r] in the adapters' dtype, scale included."""
-    dropped = x
+    """y [M, N] in x's dtype and S [M, r] in wide_dtype, scale included; only y is rounded to x's dtype."""
+    wide = wide_dtype(x.dtype)
+    wide_x = x.to(wide)
+    dropped = wide_x
     if dropout_p:
-        dropped = x * keep_mask(seed, *x.shape, dropout_p, x.device) / (1 - dropout_p)
-    s = scale * linear(dropped.to(lora_a.dtype), lora_a)
-    return (linear(x, weight, bias) + linear(s, lora_b)).to(x.dtype), s
+        dropped = wide_x * keep_mask(seed, *x.shape, dropout_p, x.device) / (1 - dropout_p)
+    s = scale * linear(dropped, lora_a.to(wide))
+    frozen = linear(wide_x, weight.to(wide), None if bias is None else bias.to(wide))
+    return (frozen + linear(s, lora_b.to(wide))).to(x.dtype), s
 
 
 def backward(
@@ -82,12 +90,17 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
     need_x, need_a, need_b = needs
-    wide_dy, wide_x = dy.to(lora_a.dtype), x.to(lora_a.dtype)
-    multiplier = torch.ones((), dtype=wide_x.dtype, device=x.device)
+    wide = wide_dtype(x.dtype)
+    wide_dy = dy.to(wide)
+    multiplier = 1.0
     if dropout_p:
-        multiplier = keep_mask(seed, *x.shape, dropout_p, x.device).to(wide_x.dtype) / (1 - dropout_p)
-    ds = scale * (wide_dy @ lora_b)
-    dx = (dy @ weight + (ds @ lora_a) * multiplier).to(x.dtype) if need_x else None
-    da = ds.T @ (wide_x * multiplier) if need_a else None
-    db = wide_dy.T @ s if need_b else None
+        multiplier = keep_mask(seed, *x.shape, dropout_p, x.device).to(wide) / (1 - dropout_p)
+    ds = scale * (wide_dy @ lora_b.to(wide))
+    dx = da = db = None
+    if need_x:
+        dx = (wide_dy @ weight.to(wide) + (ds @ lora_a.to(wide)) * multiplier).to(x.dtype)
+    if need_a:
+        da = (ds.T @ (x.to(wide) * multiplier)).to(lora_a.dtype)
+    if need_b:
+        db = (wide_dy.T @ s).to(lora_b.dtype)
     return dx, da, db

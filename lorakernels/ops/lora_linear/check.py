@@ -1,0 +1,121 @@
+"""How right an implementation of the LoRA linear is, against the plain expression in float64.
+
+A result passes when its relative Frobenius error is at most 1.2 times that of the plain torch expression in
+the same dtypes, plus 4 eps (float32, float64) or eps / sqrt(number of elements) (16 bits). A right kernel
+never fails that; a wrong one does. The tests, the benchmarks and the self-check before an implementation is
+first used all ask here.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakernels.ops.lora_linear.reference import plain_lora_linear
+
+RESULTS = ("y", "dx", "dA", "dB")
+
+
+@dataclass
+class Problem:
+    """One LoRA linear and the gradient of its output, in the shapes of reference.py."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    dy: Tensor
+    scale: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """x, weight, bias, lora_a, lora_b."""
+        return self.x, self.weight, self.bias, self.lora_a, self.lora_b
+
+
+def random_problem(
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    *,
+    device: str | torch.device = "cpu",
+    bias: bool = True,
+    scale: float = 1.5,
+    seed: int = 0,
+) -> Problem:
+    """Normal values of such sizes that the frozen part and the update weigh about the same in y."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+        return (values * size).to(dtype)
+
+    return Problem(
+        x=normal(m, k),
+        weight=normal(n, k, size=1 / math.sqrt(max(k, 1))),
+        bias=normal(n) if bias else None,
+        lora_a=normal(r, k, size=1 / math.sqrt(max(k, 1)), dtype=adapter_dtype),
+        lora_b=normal(n, r, size=1 / math.sqrt(r), dtype=adapter_dtype),
+        dy=normal(m, n),
+        scale=scale,
+    )
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Frobenius norm of got - exact over that of exact, in float64; inf for a wrong shape or a non-number."""
+    if got.shape != exact.shape or not torch.isfinite(got).all():
+        return math.inf
+    difference, norm = (got.double() - exact.double()).norm(), exact.double().norm()
+    return float(difference / norm) if norm else float(difference)
+
+
+def error_bound(plain_error: float, dtype: torch.dtype, elements: int) -> float:
+    """The largest error that passes for a result of dtype, given that of the plain expression."""
+    eps = torch.finfo(dtype).eps
+    return 1.2 * plain_error + (eps / math.sqrt(max(elements, 1)) if dtype.itemsize == 2 else 4 * eps)
+
+
+def plain_results(problem: Problem, multiplier: Tensor | None = None, *, wide: bool = False) -> list[Tensor]:
+    """y, dx, dA and dB of the plain expression by autograd, in float64 where wide."""
+    tensors = [t if t is None else t.detach() for t in problem.inputs]
+    dy = problem.dy
+    if wide:
+        tensors = [t if t is None else t.double() for t in tensors]
+        dy = dy.double()
+    if multiplier is not None:
+        multiplier = multiplier.to(tensors[0].dtype)
+    x, weight, bias, lora_a, lora_b = tensors
+    leaves = [x.requires_grad_(), lora_a.requires_grad_(), lora_b.requires_grad_()]
+    y = plain_lora_linear(x, weight, bias, lora_a, lora_b, problem.scale, multiplier)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def failures(results: list[Tensor], problem: Problem, multiplier: Tensor | None = None) -> list[str]:
+    """One line for each of y, dx, dA and dB that is further from float64 than the rule allows."""
+    exact = plain_results(problem, multiplier, wide=True)
+    plain = plain_results(problem, multiplier)
+    lines = []
+    for name, got, yardstick, right in zip(RESULTS, results, plain, exact, strict=True):
+        error = relative_error(got, right)
+        bound = error_bound(relative_error(yardstick, right), yardstick.dtype, right.numel())
+        if got.dtype != yardstick.dtype:
+            lines.append(f"{name}: {got.dtype} in place of {yardstick.dtype}")
+        if not error <= bound:
+            lines.append(f"{name}: relative error {error:.3g} above the bound {bound:.3g}")
+    return lines
+
+
+def run_results(forward: Callable, backward: Callable, problem: Problem) -> list[Tensor]:
+    """y, dx, dA and dB of an implementation with the signatures of reference.py, without dropout."""
+    x, weight, _, lora_a, lora_b = problem.inputs
+    seed = torch.empty(0, dtype=torch.int64, device=x.device)
+    y, s = forward(*problem.inputs, problem.scale, 0.0, seed)
+    needs = (True, True, True)
+    grads = backward(problem.dy, x, weight, lora_a, lora_b, s, problem.scale, 0.0, seed, needs)
+    return [y, *grads]

@@ -1,0 +1,324 @@
+"""The LoRA linear in Triton: the low-rank update rides in the frozen GEMM, as further trips of its K loop.
+
+Forward    shrink: S = s·drop(x)·Aᵀ; then one GEMM whose K loop runs over (x, W) and goes on over (S, B).
+Backward   one pass over dy gives dS = s·dy·B and the sums of dB = dyᵀ·S; the same GEMM runs over (dy, W) and
+           goes on over (dS, A) for dx; a last pass over x gives dA = dSᵀ·drop(x).
+
+Sums that several programs share are written as partial sums and added by a second kernel in a fixed order: no
+atomics, the same bits every time. Accumulation is in float32, and so are S and dS. Beside a 16-bit x a float32
+factor goes through the 16-bit units in parts: three, which are exact, in the thin products; high + low in the
+GEMM, where high·high + low·high + high·low stand side by side in the padding of the rank, at no further trip
+for small ranks. What is rounded to 16 bits is the result alone, once.
+
+Dropout is Philox4x32-7 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) on (row, column), so
+that every kernel regenerates the mask that the forward used.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorakernels.ops.lora_linear.kernels import (
+    PACKED_LEFT,
+    PACKED_RIGHT,
+    UNPACKED,
+    lora_linear_backward_a_kernel,
+    lora_linear_backward_kernel,
+    lora_linear_forward_kernel,
+    lora_linear_reduce_kernel,
+    lora_linear_shrink_kernel,
+)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes, warps and pipeline stages of the GEMM."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}w{self.num_warps}s{self.num_stages}"
+
+    def shared_bytes(self, element_size: int) -> int:
+        """Shared memory that the operands of all stages take."""
+        return (self.block_m + self.block_n) * self.block_k * self.num_stages * element_size
+
+
+# The shipped tiles of the GEMM, largest first; a chip gets those whose operands fit in its shared memory.
+TILES = {
+    2: (
+        Tile(128, 256, 64, 8, 3),
+        Tile(256, 128, 64, 8, 3),
+        Tile(128, 256, 32, 8, 4),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 32, 4, 4),
+        Tile(64, 128, 64, 4, 3),
+    ),
+    4: (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+}
+# Tiles of the thin kernels: rows, reduced or kept columns, warps, stages.
+SHRINK_TILE = Tile(64, 16, 64, 4, 3)
+BACKWARD_TILE = Tile(128, 64, 16, 4, 2)
+BACKWARD_A_TILE = Tile(64, 16, 128, 4, 2)
+REDUCE_ROWS = 64
+# Programs that a thin kernel aims at by splitting its sum: a constant, so that all devices add in one order.
+PROGRAMS = 256
+RANK_BLOCK = 64
+
+
+def shipped_tiles(element_size: int, shared_limit: int) -> tuple[Tile, ...]:
+    """The GEMM tiles for elements of 2 or 4 bytes that fit into shared_limit bytes."""
+    return tuple(tile for tile in TILES[element_size] if tile.shared_bytes(element_size) <= shared_limit)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] in x's dtype and S [M, r] in float32, scale included; M, N and K are not zero."""
+    x = _unit_columns(x)
+    with torch.cuda.device_of(x):
+        partial = _shrink(x, lora_a, dropout_p, seed)
+        factor = scale / (1 - dropout_p)
+        s, left = _reduce(partial, lora_a.shape[0], factor, torch.float32, x.dtype, _parts(x, lora_b))
+        right = _pack(lora_b, x, rank_contiguous=weight.stride(1) == 1)
+        return _product(x, weight, bias, left, right, 0.0, seed, tile), s
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor,
+    needs: tuple[bool, bool, bool],
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
+    need_x, need_a, need_b = needs
+    dx = da = db = None
+    dy, x = _unit_columns(dy), _unit_columns(x)
+    rank = lora_a.shape[0]
+    with torch.cuda.device_of(x):
+        if need_b:
+            partial_ds, partial_db = _one_pass(dy, lora_b, s)
+            db, _ = _reduce(partial_db, rank, 1.0, lora_b.dtype)
+        elif need_x or need_a:
+            partial_ds = _shrink(dy, lora_b.T, 0.0, seed)
+        if need_x or need_a:
+            factor = scale / (1 - dropout_p)
+            ds, left = _reduce(partial_ds, rank, factor, torch.float32, x.dtype, _parts(x, lora_a))
+        if need_x:
+            right = _pack(lora_a.T, x, rank_contiguous=weight.stride(0) == 1)
+            dx = _product(dy, weight.T, None, left, right, dropout_p, seed, tile)
+        if need_a:
+            partial_da = _sum_over_rows(x, ds, dropout_p, seed)
+            da = _reduce(partial_da, rank, 1.0, lora_a.dtype, transposed=True)[0].T
+    return dx, da, db
+
+
+def _shrink(x: Tensor, factor: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """Partial sums [splits, M, padded rank] of drop(x)·factorᵀ, x [M, K], factor [r, K]."""
+    (m, k), rank = x.shape, factor.shape[0]
+    block_r, padded = _rank_blocks(rank)
+    tile = SHRINK_TILE
+    blocks = triton.cdiv(m, tile.block_m) * (padded // block_r)
+    splits, length = _split(k, tile.block_k, blocks)
+    partial = torch.empty(splits, m, padded, dtype=torch.float32, device=x.device)
+    lora_linear_shrink_kernel[(triton.cdiv(m, tile.block_m), splits, padded // block_r)](
+        x, factor, partial, seed,
+        m, k, rank, length,
+        x.stride(0), factor.stride(0), factor.stride(1), partial.stride(0), partial.stride(1),
+        dropout_p,
+        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
+        SPLIT=x.dtype != factor.dtype, SHIFT=_shift(x),
+        PRECISION=precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return partial
+
+
+def _one_pass(dy: Tensor, factor: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Partial sums of dy·factor [splits, M, padded rank] and of dyᵀ·s [M blocks, N, padded rank]."""
+    (m, n), rank = dy.shape, factor.shape[1]
+    block_r, padded = _rank_blocks(rank)
+    tile = BACKWARD_TILE
+    blocks_m = triton.cdiv(m, tile.block_m)
+    splits, length = _split(n, tile.block_n, blocks_m * (padded // block_r))
+    ds = torch.empty(splits, m, padded, dtype=torch.float32, device=dy.device)
+    db = torch.empty(blocks_m, n, padded, dtype=torch.float32, device=dy.device)
+    lora_linear_backward_kernel[(blocks_m, splits, padded // block_r)](
+        dy, factor, s, ds, db,
+        m, n, rank, length,
+        dy.stride(0), factor.stride(0), factor.stride(1), s.stride(0),
+        ds.stride(0), ds.stride(1), db.stride(0), db.stride(1),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
+        SPLIT_FACTOR=dy.dtype != factor.dtype, SPLIT_S=dy.dtype != s.dtype, SHIFT=_shift(dy),
+        PRECISION=precision(dy), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return ds, db
+
+
+def _sum_over_rows(x: Tensor, ds: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """Partial sums [splits, K, padded rank] of drop(x)ᵀ·ds."""
+    (m, k), rank = x.shape, ds.shape[1]
+    block_r, padded = _rank_blocks(rank)
+    tile = BACKWARD_A_TILE
+    blocks = triton.cdiv(k, tile.block_k) * (padded // block_r)
+    splits, length = _split(m, tile.block_m, blocks)
+    partial = torch.empty(splits, k, padded, dtype=torch.float32, device=x.device)
+    lora_linear_backward_a_kernel[(triton.cdiv(k, tile.block_k), splits, padded // block_r)](
+        x, ds, partial, seed,
+        m, k, rank, length,
+        x.stride(0), ds.stride(0), partial.stride(0), partial.stride(1),
+        dropout_p,
+        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
+        SPLIT=x.dtype != ds.dtype, SHIFT=_shift(x),
+        PRECISION=precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return partial
+
+
+def _reduce(
+    partial: Tensor,
+    rank: int,
+    scale: float,
+    dtype: torch.dtype,
+    packed_dtype: torch.dtype | None = None,
+    parts: int = 1,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """scale·Σ partial as [rows, rank] in dtype and, in packed_dtype, as the left factor of the GEMM."""
+    rows, padded = partial.shape[1:]
+    shape = (rank, rows) if transposed else (rows, rank)
+    wide = torch.empty(shape, dtype=dtype, device=partial.device)
+    wide = wide.T if transposed else wide
+    packed = None
+    if packed_dtype is not None:
+        packed = torch.empty(rows, parts * padded, dtype=packed_dtype, device=partial.device)
+    _launch_reduce(partial, wide, packed, rank, scale, PACKED_LEFT if packed_dtype else UNPACKED, parts)
+    return wide, packed
+
+
+def _pack(factor: Tensor, x: Tensor, rank_contiguous: bool) -> Tensor:
+    """factor [rows, r] as the right factor of the GEMM on x, stored in the order in which the weight is."""
+    rows, rank = factor.shape
+    _, padded = _rank_blocks(rank)
+    parts = _parts(x, factor)
+    shape = (rows, parts * padded) if rank_contiguous else (parts * padded, rows)
+    packed = torch.empty(shape, dtype=x.dtype, device=x.device)
+    packed = packed if rank_contiguous else packed.T
+    _launch_reduce(factor[None], None, packed, rank, 1.0, PACKED_RIGHT, parts)
+    return packed
+
+
+def _launch_reduce(
+    partial: Tensor,
+    wide: Tensor | None,
+    packed: Tensor | None,
+    rank: int,
+    scale: float,
+    layout: tl.constexpr,
+    parts: int,
+) -> None:
+    count, rows = partial.shape[:2]
+    block_r, padded = _rank_blocks(rank)
+    # a pointer that the kernel's constants rule out still needs an argument
+    wide_like, packed_like = (partial if t is None else t for t in (wide, packed))
+    lora_linear_reduce_kernel[(triton.cdiv(rows, REDUCE_ROWS), padded // block_r)](
+        partial, wide_like, packed_like,
+        count, rows, rank, padded,
+        *partial.stride(), *wide_like.stride()[-2:], *packed_like.stride()[-2:],
+        scale,
+        BLOCK_M=REDUCE_ROWS, BLOCK_R=block_r, WIDE=wide is not None, LAYOUT=layout.value, PARTS=parts,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    dropout_p: float,
+    seed: Tensor,
+    tile: Tile | None,
+) -> Tensor:
+    """x·weightᵀ + bias + drop'(left·rightᵀ), [M, N]."""
+    (m, k), n = x.shape, weight.shape[0]
+    tile = tile or default_tile(x, m)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    lora_linear_forward_kernel[grid](
+        x, weight, x if bias is None else bias, left, right, y, seed,
+        m, n, k, left.shape[1],
+        x.stride(0), weight.stride(0), weight.stride(1),
+        left.stride(0), right.stride(0), right.stride(1), y.stride(0),
+        dropout_p,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=8,
+        BIAS=bias is not None, DROPOUT=dropout_p > 0,
+        PRECISION=precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return y
+
+
+def default_tile(x: Tensor, m: int) -> Tile:
+    """The tile where nothing was measured: the smallest shipped one, which fits every chip."""
+    return TILES[x.element_size()][-1]
+
+
+def precision(x: Tensor) -> str:
+    """How tl.dot treats float32 operands: as torch's own matrix products are told to."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    on_nvidia = x.device.type != "cpu" and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return "tf32" if tf32 and on_nvidia else "ieee"
+
+
+def _parts(x: Tensor, factor: Tensor) -> int:
+    """Parts of the GEMM's factors: beside 16 bits S is high + low, and so is a factor that is wider."""
+    if x.dtype == torch.float32:
+        return 1
+    return 2 if factor.dtype == x.dtype else 3
+
+
+def _shift(x: Tensor) -> float:
+    """What the residues of a split factor are multiplied by: float16 has no exponents to spare."""
+    return 2048.0 if x.dtype == torch.float16 else 1.0
+
+
+def _rank_blocks(rank: int) -> tuple[int, int]:
+    """Block of ranks that a program handles, a power of two from 16 on, and the rank padded to blocks."""
+    block = min(RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
+    return block, triton.cdiv(rank, block) * block
+
+
+def _split(length: int, block: int, programs: int) -> tuple[int, int]:
+    """Into how many parts, and of what length, a sum over length is split, given the programs there are."""
+    trips = triton.cdiv(length, block)
+    part = triton.cdiv(trips, max(1, min(trips, PROGRAMS // programs))) * block
+    return triton.cdiv(length, part), part
+
+
+def _unit_columns(tensor: Tensor) -> Tensor:
+    """tensor [M, K] itself where its columns are adjacent, else a contiguous copy."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()

@@ -1,0 +1,83 @@
+"""Triton's interpreter where there is no GPU, mended for bfloat16; torch.empty poisoned with NaN."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # kernels look at it when they are decorated, so it must stand before any of them is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def mend_interpreter() -> None:
+    """Make bfloat16 right under the interpreter: products of values, not of bits; casts to nearest even."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    shipped_dot, shipped_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    shipped_convert = InterpreterBuilder.create_fp_to_fp
+    if getattr(shipped_dot, "mended", False):
+        return
+
+    def widened(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def rounded(handle: TensorHandle) -> TensorHandle:
+        bits = np.ascontiguousarray(handle.data, dtype=np.float32).view(np.uint32)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        nan = np.isnan(handle.data)
+        return TensorHandle(np.where(nan, np.uint16(0x7FC0), nearest), tl.bfloat16)
+
+    def mended(handle: TensorHandle, dtype: tl.dtype) -> TensorHandle | None:
+        pair = (handle.dtype.scalar, dtype.scalar)
+        if pair == (tl.float32, tl.bfloat16):
+            return rounded(handle)
+        return widened(handle) if pair == (tl.bfloat16, tl.float32) else None
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return shipped_dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
+
+    def cast_impl(self, src, dst_type):
+        own = mended(src, dst_type)
+        return shipped_cast(self, src, dst_type) if own is None else own
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        own = mended(src, dst_type)
+        return shipped_convert(self, src, dst_type, rounding_mode) if own is None else own
+
+    create_dot.mended = True
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+    if INTERPRETED:
+        mend_interpreter()
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: the GPU, or the CPU under the interpreter."""
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write shows up as NaN."""
+    shipped = torch.empty
+
+    def empty(*args, **kwargs):
+        tensor = shipped(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", empty)

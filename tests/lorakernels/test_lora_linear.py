@@ -1,0 +1,166 @@
+"""Values and gradients of every backend against float64, PEFT and loralib; wrong ones are caught."""
+
+import loralib
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lorakernels import LoRALinear, lora_linear
+from lorakernels.ops.lora_linear import check
+
+BACKENDS = ("reference", "aten", "triton")
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+    "fp16-fp32": (torch.float16, torch.float32),
+}
+SHAPES = [(64, 96, 80, 8), (1, 1, 1, 1), (130, 257, 63, 5), (7, 300, 129, 16), (65, 48, 200, 70)]
+REPEATABLE = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
+
+
+def results_of(problem: check.Problem, backend: str, **options) -> list[torch.Tensor]:
+    """y, dx, dA and dB through the public function."""
+    x, weight, bias, lora_a, lora_b = problem.inputs
+    leaves = [t.detach().requires_grad_() for t in (x, lora_a, lora_b)]
+    y = lora_linear(leaves[0], weight, bias, *leaves[1:], problem.scale, backend=backend, **options)
+    return [y.detach(), *torch.autograd.grad(y, leaves, problem.dy)]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_float64(backend, shape, dtypes, device):
+    problem = check.random_problem(*shape, *DTYPES[dtypes], device=device)
+    assert check.failures(results_of(problem, backend), problem) == []
+
+
+@settings(max_examples=25, **REPEATABLE)
+@given(
+    m=st.integers(1, 300), n=st.integers(1, 300), k=st.integers(1, 300), r=st.integers(1, 40),
+    dtypes=st.sampled_from(list(DTYPES)), bias=st.booleans(), transposed=st.booleans(),
+    layout=st.sampled_from(["rows", "columns", "slice", "expanded dy"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_triton_on_any_problem(m, n, k, r, dtypes, bias, transposed, layout, seed, device):
+    problem = check.random_problem(m, n, k, r, *DTYPES[dtypes], bias=bias, seed=seed, device=device)
+    relaid(problem, transposed, layout)
+    assert check.failures(results_of(problem, "triton"), problem) == []
+
+
+@settings(max_examples=60, **REPEATABLE)
+@given(
+    m=st.integers(0, 300), n=st.integers(1, 300), k=st.integers(1, 300), r=st.integers(1, 80),
+    dtypes=st.sampled_from(list(DTYPES)), bias=st.booleans(), transposed=st.booleans(),
+    layout=st.sampled_from(["rows", "columns", "slice", "expanded dy"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_aten_on_any_problem(m, n, k, r, dtypes, bias, transposed, layout, seed, device):
+    problem = check.random_problem(m, n, k, r, *DTYPES[dtypes], bias=bias, seed=seed, device=device)
+    relaid(problem, transposed, layout)
+    assert check.failures(results_of(problem, "aten"), problem) == []
+
+
+def relaid(problem: check.Problem, transposed: bool, layout: str) -> None:
+    """The same values in other storage orders."""
+    if transposed:
+        problem.weight = problem.weight.T.contiguous().T
+    if layout == "columns":
+        problem.x = problem.x.T.contiguous().T
+    elif layout == "slice":
+        problem.x = torch.cat([problem.x, problem.x], 1)[:, : problem.x.shape[1]]
+    elif layout == "expanded dy":
+        problem.dy = problem.dy[:1, :1].expand_as(problem.dy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("leading", [(0,), (0, 5), (2, 0, 3)])
+def test_empty_batch(backend, leading, device):
+    x = torch.randn(*leading, 12, device=device, requires_grad=True)
+    weight, bias = torch.randn(20, 12, device=device), torch.randn(20, device=device)
+    lora_a = torch.randn(4, 12, device=device, requires_grad=True)
+    lora_b = torch.randn(20, 4, device=device, requires_grad=True)
+    y = lora_linear(x, weight, bias, lora_a, lora_b, 2.0, backend=backend)
+    y.sum().backward()
+    assert y.shape == (*leading, 20)
+    assert x.grad.shape == x.shape
+    assert not lora_a.grad.any()
+    assert not lora_b.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leading_dimensions_and_strides(backend, device):
+    problem = check.random_problem(24, 40, 30, 4, torch.float32, torch.float32, device=device)
+    x = problem.x.view(2, 3, 4, 30).transpose(0, 2)
+    y = lora_linear(x, *problem.inputs[1:], problem.scale, backend=backend)
+    flat = lora_linear(problem.x, *problem.inputs[1:], problem.scale, backend=backend)
+    torch.testing.assert_close(y, flat.view(2, 3, 4, 40).transpose(0, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits(backend, device):
+    problem = check.random_problem(300, 70, 90, 8, torch.bfloat16, torch.float32, device=device)
+    first, second = results_of(problem, backend), results_of(problem, backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_caller_tensors_stay_as_they_are(backend, device):
+    problem = check.random_problem(20, 30, 40, 8, torch.float32, torch.float32, device=device)
+    tensors = [*problem.inputs, problem.dy]
+    before = [t.clone() for t in tensors]
+    results_of(problem, backend)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aten", "triton"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_peft(backend, bias, device):
+    base = nn.Linear(48, 80, bias=bias, device=device)
+    model = nn.Sequential(base)
+    config = peft.LoraConfig(r=8, lora_alpha=32, target_modules=["0"], init_lora_weights=False)
+    theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    ours = LoRALinear.from_linear(model[0] if isinstance(model[0], nn.Linear) else base, 8, 4.0)
+    compare_with(ours, theirs, theirs.lora_A["default"].weight, theirs.lora_B["default"].weight, backend)
+
+
+@pytest.mark.parametrize("backend", ["aten", "triton"])
+def test_values_and_gradients_are_those_of_loralib(backend, device):
+    theirs = loralib.Linear(48, 80, r=6, lora_alpha=9, merge_weights=False).to(device)
+    nn.init.normal_(theirs.lora_B)
+    base = nn.Linear(48, 80, device=device)
+    base.load_state_dict({"weight": theirs.weight.data, "bias": theirs.bias.data})
+    compare_with(LoRALinear.from_linear(base, 6, 1.5), theirs, theirs.lora_A, theirs.lora_B, backend)
+
+
+def compare_with(ours: LoRALinear, theirs: nn.Module, their_a, their_b, backend: str) -> None:
+    """Same output and gradients as another library's module with the same adapters."""
+    ours.backend = backend
+    with torch.no_grad():
+        ours.lora_a.copy_(their_a)
+        ours.lora_b.copy_(their_b)
+    x = torch.randn(3, 11, ours.in_features, device=ours.weight.device)
+    dy = torch.randn(3, 11, ours.out_features, device=ours.weight.device)
+    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, their_y = ours(mine), theirs(other)
+    y.backward(dy)
+    their_y.backward(dy)
+    for got, expected in ((y, their_y), (mine.grad, other.grad), (ours.lora_a.grad, their_a.grad),
+                          (ours.lora_b.grad, their_b.grad)):  # fmt: skip
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_check_catches_wrong_results(device):
+    problem = check.random_problem(64, 96, 80, 8, torch.bfloat16, torch.float32, device=device)
+    right = results_of(problem, "aten")
+    assert check.failures(right, problem) == []
+    for index, name in enumerate(check.RESULTS):
+        for wrong in (right[index] * 1.01, torch.full_like(right[index], float("nan"))):
+            damaged = [*right[:index], wrong, *right[index + 1 :]]
+            assert [line.split(":")[0] for line in check.failures(damaged, problem)] == [name]
