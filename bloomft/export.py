@@ -5,9 +5,6 @@
 
 import argparse
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ from bloomft.arguments import parse_command
 from bloomft.checkpoint import TrainingState, check_base, find_checkpoint, load_checkpoint
 from bloomft.config import Config, LoraConfig
 from bloomft.errors import UserError, run_command
-from bloomft.files import make_folder, sync_folder
+from bloomft.files import folder_written_aside
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
 from bloomft.patch import load_adapter_state, unpatch_bloom
 from bloomft.runtime import pick_device, setup_process
@@ -75,9 +72,7 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
     state = load_checkpoint(checkpoint)
     base = load_base(config.model.transformer)
     model = restore(config, state, checkpoint, base)
-    make_folder(output.parent)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with folder_written_aside(output) as scratch:
         shift = None
         if kind == "adapter":
             save_peft_adapter(model, scratch, base.location)
@@ -85,20 +80,6 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
             shift = _save_merged(config, base, model, scratch)
         about = {"checkpoint": checkpoint.name, "step": state.step, "format": kind, "base": state.base}
         (scratch / MARK).write_text(json.dumps(about, indent=2) + "\n")
-        scratch.chmod(0o755)
-        _sync_tree(scratch)
-        if output.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
-            os.replace(output, retired / output.name)
-            os.replace(scratch, output)
-            shutil.rmtree(retired)
-        else:
-            os.replace(scratch, output)
-        sync_folder(output.parent)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return shift
 
 
@@ -127,14 +108,6 @@ def _save_merged(config: Config, base: Base, model, folder: Path) -> MergeShift:
     return MergeShift(
         (merged - unmerged).abs().max().item(), unmerged.abs().max().item(), unmerged_loss, merged_loss
     )
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -7,11 +7,8 @@ trained on the same text. Made on first use in about a minute of two CPU cores a
 import ast
 import hashlib
 import math
-import os
-import shutil
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from bloomft.config import default_cache_dir
 from bloomft.errors import UserError
+from bloomft.files import folder_written_aside
 from bloomft.patch import fuse_bloom, unfuse_bloom
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # BLOOM's own, under BLOOM's own ids
@@ -57,23 +55,8 @@ def tiny_base_folder(recipe: TinyRecipe | None = None, *, cache_dir: Path | None
     folder = (cache_dir or default_cache_dir()) / name
     if (folder / "config.json").is_file():
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(
-            f"{folder.parent}: cannot write the cache: {error.strerror}; set XDG_CACHE_HOME"
-        ) from error
-    try:
+    with folder_written_aside(folder) as scratch:
         _pretrain(recipe, scratch)
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            # Another process was first; its folder is as good.
-            if not (folder / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
