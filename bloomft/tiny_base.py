@@ -37,7 +37,7 @@ class TinyRecipe:
     n_head: int = 6
     sequence_length: int = 256  # tokens
     batch_size: int = 8  # rows
-    steps: int = 400
+    steps: int = 170
     lr: float = 4e-3
     weight_decay: float = 0.1
     seed: int = 0
@@ -117,19 +117,22 @@ def _pretrain(recipe: TinyRecipe, folder: Path) -> None:
 
 
 def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> None:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    # Muon learns this much text about twice as fast as AdamW alone; it is made for hidden matrices only.
+    hidden = [p for p in model.transformer.h.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in hidden)]
+    optimizers = [
+        torch.optim.Muon(
+            hidden, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
     warmup = max(1, recipe.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / recipe.steps)))),
-    )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, 1 - step / recipe.steps)
+        )
+        for optimizer in optimizers
+    ]
     generator = torch.Generator().manual_seed(recipe.seed)
     model.train()
     columns = (
@@ -147,8 +150,9 @@ def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> Non
             loss = model(rows[picked], labels=rows[picked]).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
             progress.update(task, advance=1, loss=loss.item())
     model.eval()

@@ -1,0 +1,332 @@
+"""A patched model is still transformers' BloomForCausalLM, in everything that a user can see."""
+
+import copy
+
+import pytest
+import torch
+from tests.bloomft.conftest import tiny_model
+from torch import nn
+from transformers import BloomConfig, BloomForCausalLM, BloomModel
+
+from bloomft.patch import (
+    adapted_layers,
+    adapter_state,
+    fuse_bloom,
+    is_patched,
+    load_adapter_state,
+    patch_bloom,
+    shift_labels,
+    unfuse_bloom,
+    unpatch_bloom,
+)
+
+SHAPES = {
+    "plain": {},
+    "post_layernorm": {"apply_residual_connection_post_layernorm": True},
+    "six_heads": {"n_head": 6, "hidden_size": 48},
+    "three_heads": {"n_head": 3, "hidden_size": 48},
+}
+
+
+@pytest.fixture(params=SHAPES, ids=list(SHAPES))
+def model(request) -> BloomForCausalLM:
+    return tiny_model(**SHAPES[request.param])
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(4, 384, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_trained_adapters(model: BloomForCausalLM, **options) -> BloomForCausalLM:
+    """Patched, with lora_b away from zero, so that the adapters matter."""
+    patch_bloom(model, **{"r": 4, "scale": 2.0, **options})
+    generator = torch.Generator().manual_seed(5)
+    for name, value in adapter_state(model).items():
+        if name.endswith("lora_b"):
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+    return model
+
+
+def plain_twin(patched: BloomForCausalLM) -> BloomForCausalLM:
+    """The same function as plain transformers: adapters added to the weights in float64."""
+    twin = copy.deepcopy(patched).double()
+    for layer in adapted_layers(twin).values():
+        layer.weight.data += layer.scale * (layer.full_lora_b() @ layer.lora_a)
+    return unpatch_bloom(twin).float()
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def test_fresh_adapters_change_nothing(model):
+    ids = tokens(2, 17)
+    expected = model.eval()(ids, labels=ids)
+    patch_bloom(model)
+    actual = model(ids, labels=ids)
+    close(actual.logits, expected.logits)
+    close(actual.loss, expected.loss)
+    assert actual.past_key_values is not None
+
+
+def test_loss_and_adapter_gradients_match_plain_transformers(model):
+    ids = tokens(2, 19)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    patched = with_trained_adapters(model).train()
+    reference = unpatch_bloom(copy.deepcopy(patched)).train()
+    adapters = {}
+    for name, layer in adapted_layers(patched).items():
+        linear = reference.get_submodule(name)
+        adapters[name] = [layer.lora_a.detach().clone(), layer.lora_b.detach().clone()]
+        [value.requires_grad_() for value in adapters[name]]
+        linear.register_forward_hook(
+            lambda module, inputs, output, name=name: (
+                output + 2.0 * (inputs[0] @ adapters[name][0].T) @ adapters[name][1].T
+            )
+        )
+    loss = patched(ids, labels=labels).loss
+    loss.backward()
+    expected = reference(ids, labels=labels).loss
+    expected.backward()
+    close(loss, expected, 1e-6)
+    for name, layer in adapted_layers(patched).items():
+        close(layer.lora_a.grad, adapters[name][0].grad, 1e-4)
+        close(layer.lora_b.grad, adapters[name][1].grad, 1e-4)
+
+
+def test_training_mode_has_no_logits_unless_asked(model):
+    ids = tokens(2, 9)
+    patch_bloom(model).train()
+    assert model(ids, labels=ids).logits is None
+    assert model(ids, labels=ids, skip_logits=False).logits.shape == (2, 9, 384)
+    assert model(ids).logits.shape == (2, 9, 384)
+    assert model.eval()(ids, labels=ids).logits.shape == (2, 9, 384)
+    assert model(ids, labels=ids, skip_logits=True).logits is None
+
+
+def test_num_items_in_batch_divides_the_sum(model):
+    ids = tokens(2, 9)
+    patch_bloom(model).train()
+    mean = model(ids, labels=ids).loss
+    close(model(ids, labels=ids, num_items_in_batch=4).loss, mean * 16 / 4, 1e-6)
+    close(model(ids, labels=ids, num_items_in_batch=4, skip_logits=False).loss, mean * 16 / 4, 1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_padding_masks_match(model, side):
+    ids, mask = tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
+    {"left": mask[0, :5], "right": mask[0, 9:], "holes": mask[0, 3:6]}[side].zero_()
+    patched = with_trained_adapters(model).eval()
+    expected = plain_twin(patched)(ids, attention_mask=mask).logits
+    for use_cache in (True, False):
+        actual = patched(ids, attention_mask=mask, use_cache=use_cache).logits
+        close(actual[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_cache_matches(model, beams):
+    ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[1, :2] = 0
+    patched = with_trained_adapters(model).eval()
+    options = {"max_new_tokens": 12, "num_beams": beams, "do_sample": False, "pad_token_id": 3}
+    expected = plain_twin(patched).generate(ids, attention_mask=mask, **options)
+    assert torch.equal(patched.generate(ids, attention_mask=mask, **options), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False])
+def test_gradient_checkpointing_reaches_every_adapter(model, use_reentrant):
+    ids = tokens(2, 11)
+    with_trained_adapters(model).train()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
+    model.zero_grad()
+    options = () if use_reentrant is None else ({"use_reentrant": use_reentrant},)
+    model.gradient_checkpointing_enable(*options)
+    model(ids, labels=ids).loss.backward()
+    for name, gradient in expected.items():
+        close(model.get_parameter(name).grad, gradient, 1e-6)
+        assert gradient.norm() > 0
+
+
+@pytest.mark.parametrize("extra", [{}, {"output_attentions": True}], ids=["fused", "eager"])
+def test_packed_documents_equal_documents_one_by_one(model, extra):
+    lengths = [5, 1, 9, 4]
+    ids = tokens(1, sum(lengths))
+    document_ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    with_trained_adapters(model).eval()
+    packed = model(ids, document_ids=document_ids, labels=ids, **extra)
+    start, total, count = 0, 0.0, 0
+    for length in lengths:
+        alone = ids[:, start : start + length]
+        single = model(alone, use_cache=False)
+        close(packed.logits[:, start : start + length], single.logits)
+        if length > 1:
+            total += nn.functional.cross_entropy(single.logits[0, :-1], alone[0, 1:], reduction="sum").item()
+            count += length - 1
+        start += length
+    assert packed.loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_packed_documents_with_a_mask_equal_transformers_own_padding(model):
+    ids = tokens(1, 12)
+    document_ids = torch.tensor([[0] * 5 + [1] * 7])
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[0, 6:8] = 0
+    with_trained_adapters(model).eval()
+    packed = model(ids, document_ids=document_ids, attention_mask=mask).logits
+    alone = model(ids[:, 5:], attention_mask=mask[:, 5:], use_cache=False).logits
+    close(packed[0, 5:][mask[0, 5:].bool()], alone[0][mask[0, 5:].bool()])
+
+
+def test_documents_and_a_cache_are_refused(model):
+    ids = tokens(1, 6)
+    patch_bloom(model).eval()
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids, document_ids=torch.zeros_like(ids), use_cache=True)
+
+
+def test_a_document_s_first_label_is_ignored():
+    labels = torch.tensor([[7, 8, -100, 9, 5]])
+    assert shift_labels(labels).tolist() == [[8, -100, 9, 5, -100]]
+    documents = torch.tensor([[0, 0, 0, 1, 1]])
+    assert shift_labels(labels, documents).tolist() == [[8, -100, -100, 5, -100]]
+
+
+def test_attention_dropout_takes_transformers_path_and_follows_the_seed():
+    model = patch_bloom(tiny_model(attention_dropout=0.3)).train()
+    ids = tokens(1, 16)
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(model(ids, labels=ids).loss.item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_hidden_states_attentions_and_tuples_match(model):
+    ids = tokens(2, 8)
+    patched = with_trained_adapters(model).eval()
+    twin = plain_twin(patched)
+    options = {"output_hidden_states": True, "use_cache": False}
+    for more in ({}, {"output_attentions": True}):
+        expected, actual = twin(ids, **options, **more), patched(ids, **options, **more)
+        assert len(actual.hidden_states) == len(expected.hidden_states)
+        for mine, theirs in zip(actual.hidden_states, expected.hidden_states, strict=True):
+            close(mine, theirs)
+    for mine, theirs in zip(actual.attentions, expected.attentions, strict=True):
+        close(mine, theirs)
+    as_tuple = patched(ids, labels=ids, return_dict=False, use_cache=False)
+    close(as_tuple[1], twin(ids, labels=ids, return_dict=False, use_cache=False)[1])
+
+
+def test_unpatching_restores_the_original_bit_for_bit(model):
+    model.transformer.h[0].mlp.dense_h_to_4h.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    storage = model.transformer.h[0].self_attention.query_key_value.weight.data_ptr()
+    trainable = [name for name, value in model.named_parameters() if value.requires_grad]
+    classes = [type(module) for module in model.modules()]
+    with_trained_adapters(model)
+    assert is_patched(model)
+    assert model.transformer.h[0].self_attention.query_key_value.weight.data_ptr() == storage
+    unpatch_bloom(model)
+    assert not is_patched(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert [name for name, value in model.named_parameters() if value.requires_grad] == trainable
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert model.transformer.h[0].self_attention.query_key_value.weight.data_ptr() == storage
+
+
+def test_merging_keeps_the_function(model):
+    ids = tokens(2, 10)
+    with_trained_adapters(model).eval()
+    expected = model(ids).logits
+    close(unpatch_bloom(model, merge=True)(ids).logits, expected)
+    assert type(model) is BloomForCausalLM
+
+
+def test_save_pretrained_of_the_unpatched_model(model, tmp_path):
+    ids = tokens(1, 8)
+    unpatch_bloom(with_trained_adapters(model).eval(), merge=True).save_pretrained(tmp_path)
+    loaded = BloomForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("parts", [["q"], ["v", "q"], ["k", "v"]])
+def test_parts_adapt_only_their_rows_of_every_head(model, parts):
+    with_trained_adapters(model, parts=parts)
+    heads, width = model.config.n_head, model.config.hidden_size
+    for layer in adapted_layers(model).values():
+        changed = layer.delta_weight().view(heads, 3, width // heads, width).abs().sum((0, 2, 3)) > 0
+        assert changed.tolist() == [name in parts for name in "qkv"]
+        assert layer.lora_b.shape == (len(parts) * width, 4)
+    ids = tokens(1, 9)
+    close(model.eval()(ids).logits, plain_twin(model)(ids).logits)
+
+
+def test_only_adapters_train_and_both_start_as_lora_says(model):
+    patch_bloom(model, r=4)
+    assert {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
+    for layer in adapted_layers(model).values():
+        assert not layer.lora_b.any()
+        assert layer.lora_a.std() > 0
+        assert layer.lora_a.dtype == torch.float32
+
+
+def test_half_precision_base_keeps_float32_adapters(model):
+    patch_bloom(model.to(torch.bfloat16)).train()
+    ids = tokens(2, 9)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert torch.isfinite(loss)
+
+
+def test_adapter_state_travels(model):
+    state = {name: value.clone() for name, value in adapter_state(with_trained_adapters(model)).items()}
+    fresh = patch_bloom(unpatch_bloom(model), r=4, scale=2.0)
+    load_adapter_state(fresh, state)
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state(fresh).items())
+    with pytest.raises(ValueError, match=r"lora_a has shape \(4, 48\)"):
+        load_adapter_state(patch_bloom(unpatch_bloom(fresh), r=8), state)
+    state.pop(next(iter(state)))
+    with pytest.raises(ValueError, match="the checkpoint lacks"):
+        load_adapter_state(patch_bloom(unpatch_bloom(fresh), r=4), state)
+
+
+def test_misuse_is_named(model):
+    with pytest.raises(ValueError, match="not patched"):
+        unpatch_bloom(model)
+    with pytest.raises(ValueError, match=r"no linear layer is called 'qkv'; there are: .*query_key_value"):
+        patch_bloom(model, target="qkv")
+    assert not is_patched(model)
+    with pytest.raises(ValueError, match="r: expected"):
+        patch_bloom(model, r=0)
+    with pytest.raises(ValueError, match="rows of query_key_value"):
+        patch_bloom(model, target="dense", parts=["q"])
+    assert not is_patched(model)
+    patch_bloom(model)
+    with pytest.raises(ValueError, match="unpatch_bloom"):
+        patch_bloom(model)
+    with pytest.raises(TypeError, match="BloomForCausalLM"):
+        patch_bloom(BloomModel(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)))
+
+
+def test_other_targets(model):
+    ids = tokens(1, 9)
+    with_trained_adapters(model, target="dense_4h_to_h").eval()
+    assert len(adapted_layers(model)) == 2
+    close(model(ids).logits, plain_twin(model)(ids).logits)
+
+
+def test_fusing_alone_trains_every_weight(model):
+    ids = tokens(2, 9)
+    model.train()(ids, labels=ids).loss.backward()
+    expected = {name: value.grad.clone() for name, value in model.named_parameters()}
+    model.zero_grad()
+    fuse_bloom(model)(ids, labels=ids).loss.backward()
+    for name, gradient in expected.items():
+        close(model.get_parameter(name).grad, gradient, 1e-4)
+    assert type(unfuse_bloom(model)) is BloomForCausalLM
