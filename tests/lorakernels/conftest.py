@@ -1,6 +1,7 @@
 """Triton's interpreter where there is no GPU, mended for bfloat16; torch.empty poisoned with NaN."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -69,6 +70,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def device() -> str:
     """Where kernels run: the GPU, or the CPU under the interpreter."""
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def own_dispatch_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Choices neither read from the user's disk nor carried from one test to the next."""
+    monkeypatch.setenv("LORAKERNELS_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "lorakernels"))
+    monkeypatch.delenv("LORAKERNELS_BACKEND", raising=False)
+    from lorakernels import dispatch
+
+    dispatch.forget()
+    yield
+    dispatch.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from lorakernels import dispatch
+from lorakernels.ops.lora_linear.implementations import select
 from lorakernels.ops.lora_linear.reference import wide_dtype
 
 BACKENDS = ("auto", "reference", "aten", "triton")
@@ -128,7 +128,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed = torch.randint(2**63 - 1, _seed_shape(dropout_p), dtype=torch.int64, device=x.device)
     rows = x.reshape(-1, x.shape[-1])
-    run = dispatch.lora_linear_implementation(rows, weight, bias, lora_a, dropout_p, backend)
+    run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
     y, s = run.forward(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
     return y.view(*x.shape[:-1], weight.shape[0]), s, seed
 
@@ -161,7 +161,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     dy_rows = dy.reshape(-1, dy.shape[-1])
-    run = dispatch.lora_linear_implementation(rows, weight, bias, lora_a, dropout_p, backend)
+    run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
     dx, da, db = run.backward(dy_rows, rows, weight, lora_a, lora_b, s, scale, dropout_p, seed, tuple(needs))
     # an operator returns tensors, never None: an empty one stands for the gradient that nobody asked for
     return (

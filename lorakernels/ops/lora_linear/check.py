@@ -8,7 +8,7 @@ first used all ask here.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from lorakernels.ops.lora_linear.reference import plain_lora_linear
 
 RESULTS = ("y", "dx", "dA", "dB")
+EXACT_ROWS = 2048
 
 
 @dataclass
@@ -38,29 +39,31 @@ class Problem:
 
 def random_problem(
     m: int,
-    n: int,
-    k: int,
+    weight: Tensor,
+    bias: Tensor | None,
     r: int,
-    dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     *,
-    device: str | torch.device = "cpu",
-    bias: bool = True,
     scale: float = 1.5,
     seed: int = 0,
 ) -> Problem:
-    """Normal values of such sizes that the frozen part and the update weigh about the same in y."""
+    """Normal x [M, K], dy [M, N] and adapters of rank r, of a size like the weight's, around that weight and
+    bias.
+
+    The global random state is left alone.
+    """
+    (n, k), device = weight.shape, weight.device
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+    def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = weight.dtype) -> Tensor:
         values = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
         return (values * size).to(dtype)
 
     return Problem(
         x=normal(m, k),
-        weight=normal(n, k, size=1 / math.sqrt(max(k, 1))),
-        bias=normal(n) if bias else None,
-        lora_a=normal(r, k, size=1 / math.sqrt(max(k, 1)), dtype=adapter_dtype),
+        weight=weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        lora_a=normal(r, k, size=1 / math.sqrt(k), dtype=adapter_dtype),
         lora_b=normal(n, r, size=1 / math.sqrt(r), dtype=adapter_dtype),
         dy=normal(m, n),
         scale=scale,
@@ -96,9 +99,20 @@ def plain_results(problem: Problem, multiplier: Tensor | None = None, *, wide: b
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
+def _exact_results(problem: Problem, multiplier: Tensor | None) -> list[Tensor]:
+    """y, dx, dA and dB in float64, some rows at a time: a long batch need not fit in float64 at once."""
+    parts = []
+    for start in range(0, max(problem.x.shape[0], 1), EXACT_ROWS):
+        rows = slice(start, start + EXACT_ROWS)
+        part = replace(problem, x=problem.x[rows], dy=problem.dy[rows])
+        parts.append(plain_results(part, None if multiplier is None else multiplier[rows], wide=True))
+    y, dx, da, db = zip(*parts, strict=True)
+    return [torch.cat(y), torch.cat(dx), sum(da), sum(db)]
+
+
 def failures(results: list[Tensor], problem: Problem, multiplier: Tensor | None = None) -> list[str]:
     """One line for each of y, dx, dA and dB that is further from float64 than the rule allows."""
-    exact = plain_results(problem, multiplier, wide=True)
+    exact = _exact_results(problem, multiplier)
     plain = plain_results(problem, multiplier)
     lines = []
     for name, got, yardstick, right in zip(RESULTS, results, plain, exact, strict=True):
@@ -111,11 +125,18 @@ def failures(results: list[Tensor], problem: Problem, multiplier: Tensor | None 
     return lines
 
 
-def run_results(forward: Callable, backward: Callable, problem: Problem) -> list[Tensor]:
-    """y, dx, dA and dB of an implementation with the signatures of reference.py, without dropout."""
+def run_results(
+    forward: Callable,
+    backward: Callable,
+    problem: Problem,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """y, dx, dA and dB of an implementation with the signatures of reference.py; seed [1] for dropout."""
     x, weight, _, lora_a, lora_b = problem.inputs
-    seed = torch.empty(0, dtype=torch.int64, device=x.device)
-    y, s = forward(*problem.inputs, problem.scale, 0.0, seed)
+    if seed is None:
+        seed = torch.empty(0, dtype=torch.int64, device=x.device)
+    y, s = forward(*problem.inputs, problem.scale, dropout_p, seed)
     needs = (True, True, True)
-    grads = backward(problem.dy, x, weight, lora_a, lora_b, s, problem.scale, 0.0, seed, needs)
+    grads = backward(problem.dy, x, weight, lora_a, lora_b, s, problem.scale, dropout_p, seed, needs)
     return [y, *grads]

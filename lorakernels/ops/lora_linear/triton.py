@@ -5,7 +5,7 @@ Backward   one pass over dy gives dS = s·dy·B and the sums of dB = dyᵀ·S; t
            goes on over (dS, A) for dx; a last pass over x gives dA = dSᵀ·drop(x).
 
 Sums that several programs share are written as partial sums and added by a second kernel in a fixed order: no
-atomics, the same bits every time. Accumulation is in float32, and so are S and dS. Beside a 16-bit x a float32
+atomics, the same bits every time. Accumulation is in float32, as are S and dS. Beside a 16-bit x a float32
 factor goes through the 16-bit units in parts: three, which are exact, in the thin products; high + low in the
 GEMM, where high·high + low·high + high·low stand side by side in the padding of the rank, at no further trip
 for small ranks. What is rounded to 16 bits is the result alone, once.
@@ -73,9 +73,10 @@ PROGRAMS = 256
 RANK_BLOCK = 64
 
 
-def shipped_tiles(element_size: int, shared_limit: int) -> tuple[Tile, ...]:
-    """The GEMM tiles for elements of 2 or 4 bytes that fit into shared_limit bytes."""
-    return tuple(tile for tile in TILES[element_size] if tile.shared_bytes(element_size) <= shared_limit)
+def shipped_tiles(dtype: torch.dtype, shared_limit: int) -> tuple[Tile, ...]:
+    """The GEMM tiles for operands of dtype that fit into shared_limit bytes of shared memory."""
+    size = dtype.itemsize
+    return tuple(tile for tile in TILES[size] if tile.shared_bytes(size) <= shared_limit)
 
 
 def forward(
@@ -266,7 +267,7 @@ def _product(
 ) -> Tensor:
     """x·weightᵀ + bias + drop'(left·rightᵀ), [M, N]."""
     (m, k), n = x.shape, weight.shape[0]
-    tile = tile or default_tile(x, m)
+    tile = tile or default_tile(x.dtype)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     lora_linear_forward_kernel[grid](
@@ -282,9 +283,9 @@ def _product(
     return y
 
 
-def default_tile(x: Tensor, m: int) -> Tile:
+def default_tile(dtype: torch.dtype) -> Tile:
     """The tile where nothing was measured: the smallest shipped one, which fits every chip."""
-    return TILES[x.element_size()][-1]
+    return TILES[dtype.itemsize][-1]
 
 
 def precision(x: Tensor) -> str:

@@ -1,0 +1,152 @@
+"""The table of implementations of the LoRA linear, and the choice among them for a problem."""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from lorakernels import dispatch
+from lorakernels.dispatch import Implementation
+from lorakernels.ops.lora_linear import aten, check, reference
+
+REFERENCE = Implementation("reference", reference.forward, reference.backward)
+ATEN = Implementation("aten", aten.forward, aten.backward)
+ATEN_WIDE = Implementation("aten-wide", aten.forward_wide, aten.backward_wide)
+
+
+def candidates(x: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
+    """What may compute a problem on x's device under backend="auto", the baseline first."""
+    if x.device.type != "cuda":
+        return (ATEN, ATEN_WIDE) if x.dtype.itemsize == 2 else (ATEN,)
+    tiles = triton_implementations(x) if x.dtype != torch.float64 and _has_triton() else ()
+    # with dropout the ATen mask costs a wait for the device, and forward and backward must share one kind of
+    # mask
+    return tiles if dropout_p and tiles else (ATEN, *tiles)
+
+
+def triton_implementations(x: Tensor) -> tuple[Implementation, ...]:
+    """The Triton implementation in every shipped tile that fits x's device."""
+    # imported here: a CPU user need not have Triton
+    from lorakernels.ops.lora_linear import triton
+
+    if x.device.type == "cpu":
+        tiles = (triton.default_tile(x.dtype),)
+    else:
+        limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        tiles = triton.shipped_tiles(x.dtype, limit)
+    return tuple(_in_tile(tile) for tile in tiles)
+
+
+def select(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> Implementation:
+    """The implementation of one problem, x [M, K]; a forward and its backward get the same one.
+
+    Raises:
+        ValueError: backend, or the environment variable in its place, names what cannot run here.
+    """
+    if backend == "auto":
+        backend = dispatch.forced_backend() or "auto"
+    # an empty sum or result needs no kernel, and GPU grids cannot be empty
+    if x.numel() == 0 or weight.numel() == 0:
+        return ATEN if backend != "reference" else REFERENCE
+    chosen = candidates(x, dropout_p) if backend == "auto" else _named(x, backend)
+    if len(chosen) == 1:
+        return chosen[0]
+    rank = lora_a.shape[0]
+    bucket = 1 << max(0, x.shape[0] - 1).bit_length()
+    problem = (
+        f"lora_linear on {_device_name(x.device)}, {_name(x.dtype)} with {_name(lora_a.dtype)} adapters, "
+        f"M<={bucket} N={weight.shape[0]} K={weight.shape[1]} r={rank}"
+        f"{'' if weight.stride(1) == 1 else ', weight stored by columns'}"
+        f"{', dropout' if dropout_p else ''}{'' if backend == 'auto' else f', {backend} only'}"
+    )
+    trial = functools.partial(_Trial, x.shape[0], weight, bias, rank, lora_a.dtype, scale, dropout_p)
+    return dispatch.choose(problem, chosen, trial)
+
+
+class _Trial:
+    """The problem at hand with its own weight; inputs and adapters are random, for a new lora_b is zero."""
+
+    def __init__(
+        self,
+        m: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        adapter_dtype: torch.dtype,
+        scale: float,
+        dropout_p: float,
+    ) -> None:
+        self.device = weight.device
+        self.dropout_p = dropout_p
+        self.problem = check.random_problem(
+            m, weight, bias, rank, adapter_dtype, scale=scale if scale else 1.0
+        )
+        self.seed = torch.ones(1, dtype=torch.int64, device=self.device)
+
+    def run(self, implementation: Implementation) -> None:
+        check.run_results(
+            implementation.forward, implementation.backward, self.problem, self.dropout_p, self.seed
+        )
+
+    def failures(self, implementation: Implementation) -> list[str]:
+        results = check.run_results(implementation.forward, implementation.backward, self.problem)
+        return check.failures(results, self.problem)
+
+
+@functools.cache
+def _in_tile(tile) -> Implementation:
+    from lorakernels.ops.lora_linear import triton
+
+    forward = functools.partial(triton.forward, tile=tile)
+    return Implementation(f"triton:{tile}", forward, functools.partial(triton.backward, tile=tile))
+
+
+def _named(x: Tensor, backend: str) -> tuple[Implementation, ...]:
+    """The implementations of that name, or of that name before the colon."""
+    family = backend.split(":")[0]
+    if family == "triton":
+        if x.dtype == torch.float64:
+            raise ValueError("backend: 'triton' computes in at most float32, got x in float64")
+        if x.device.type == "cpu" and not _interpreting():
+            raise ValueError("backend: 'triton' on CPU tensors needs TRITON_INTERPRET=1 and Triton installed")
+        offered = triton_implementations(x)
+    else:
+        offered = (REFERENCE, ATEN, ATEN_WIDE)
+    named = tuple(one for one in offered if backend in (one.name, one.name.split(":")[0]))
+    if not named:
+        raise ValueError(
+            f"backend: expected one of {', '.join(one.name for one in offered)}, got {backend!r}"
+        )
+    return named
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    if not _has_triton():
+        return False
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.get_num_threads()} threads"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
