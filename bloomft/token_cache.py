@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 # The pieces of a batch are encoded in parallel; an encoding takes some hundred bytes a token: small sizes.
-PIECE_CHARACTERS = 1 << 15
+PIECE_CHARACTERS = 1 << 13
 BATCH_CHARACTERS = 1 << 19
 READ_BYTES = 1 << 20
 # BLOOM's pre-tokenizer keeps these together with blanks beside them.
