@@ -59,7 +59,8 @@ def weight_blocks(
     Where the dtypes differ, every block is written into one buffer: use it up before taking the next.
     """
     same = weight.dtype == dtype
-    buffer = None if same else weight.new_empty(min(rows, len(weight)), weight.shape[1], dtype=dtype)
+    shape = (0 if same else min(rows, len(weight)), weight.shape[1])
+    buffer = torch.empty(shape, dtype=dtype, device=weight.device)
     for start in range(0, len(weight), rows):
         block = weight[start : start + rows]
         yield start, start + len(block), block if same else buffer[: len(block)].copy_(block)
@@ -74,7 +75,7 @@ def multiply_frozen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     if not widens(weight.dtype):
         return torch.nn.functional.linear(x, weight, bias)
     wide_x = x.float()
-    out = x.new_empty(len(x), len(weight))
+    out = torch.empty(len(x), len(weight), dtype=x.dtype)
     for start, stop, block in weight_blocks(weight, _block_rows(weight), torch.float32):
         product = wide_x @ block.T
         if bias is not None:

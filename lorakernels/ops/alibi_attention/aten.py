@@ -18,7 +18,7 @@ import torch
 
 from lorakernels.ops.alibi_attention.slopes import alibi_bias, document_starts
 
-QUERIES = 128
+QUERIES = 64
 # of scores for each thread: what the second-level cache of a core holds beside the operands
 SCORE_BYTES = 2**20
 
@@ -26,7 +26,7 @@ SCORE_BYTES = 2**20
 def empty_token_major(query: torch.Tensor) -> torch.Tensor:
     """An empty [B, heads, T, D] stored as [B, T, heads, D], which is how the neighbouring layers read it."""
     batch, heads, length, width = query.shape
-    return query.new_empty(batch, length, heads, width).transpose(1, 2)
+    return torch.empty(batch, length, heads, width, dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
 def document_spans(document_ids: torch.Tensor | None, batch: int, length: int) -> list[list[int]]:
@@ -126,7 +126,8 @@ def _compute(tensor: torch.Tensor) -> torch.Tensor:
 
 def _with_column(tensor: torch.Tensor) -> torch.Tensor:
     """tensor [h, n, D] as [h, n, D + 1] in the dtype of computation, its last column not yet written."""
-    wide = tensor.new_empty(*tensor.shape[:2], tensor.shape[2] + 1, dtype=_compute_dtype(tensor.dtype))
+    dtype = _compute_dtype(tensor.dtype)
+    wide = torch.empty(*tensor.shape[:2], tensor.shape[2] + 1, dtype=dtype, device=tensor.device)
     wide[..., :-1] = tensor
     return wide
 
@@ -134,7 +135,7 @@ def _with_column(tensor: torch.Tensor) -> torch.Tensor:
 def _scratch(bias: torch.Tensor) -> torch.Tensor:
     """Room for the scores of one block of queries against every key."""
     heads, tokens = bias.shape
-    return bias.new_empty(heads * min(QUERIES, tokens) * tokens)
+    return torch.empty(heads * min(QUERIES, tokens) * tokens, dtype=bias.dtype, device=bias.device)
 
 
 def _softmax(

@@ -7,6 +7,8 @@ and scaled in the backward pass. The second needs the incoming gradient of every
 makes the logits again, a block at a time.
 """
 
+from types import ModuleType
+
 import torch
 
 from lorakernels.ops.linear_cross_entropy import aten
@@ -70,8 +72,8 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, red
         raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
 
 
-def _implementation(device: torch.device):
-    if device.type == "cuda":
+def _implementation(hidden: torch.Tensor) -> ModuleType:
+    if hidden.is_cuda and hidden.dtype != torch.float64:
         from lorakernels.ops.linear_cross_entropy import triton
 
         return triton
@@ -108,7 +110,7 @@ def _forward(
     """Losses [T], log-sum-exp [T] and the unscaled gradient [T, H] ([0, H] without), zero in ignored rows."""
     rows = len(hidden)
     index = _supervised(labels, ignore_index, len(weight))
-    room = _implementation(hidden.device)
+    room = _implementation(hidden)
     losses, logsumexp, gradient = room.forward(
         _rows(hidden, index), weight, _rows(labels, index), with_gradient
     )
@@ -157,7 +159,7 @@ def _weight_backward(
     index = _supervised(labels, ignore_index, len(weight))
     parts = (_rows(part, index) for part in (hidden, labels, losses, logsumexp, row_gradient))
     hidden, labels, losses, logsumexp, row_gradient = parts
-    room = _implementation(hidden.device)
+    room = _implementation(hidden)
     return room.weight_gradient(hidden, weight, labels, losses, logsumexp, row_gradient)
 
 

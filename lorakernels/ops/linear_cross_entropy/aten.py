@@ -43,7 +43,7 @@ def forward(
     mean = states.new_zeros((rows, width) if with_gradient else (0,), dtype=dtype)
     columns = min(COLUMNS, len(weight))
     chunk = min(rows, block_rows(columns, dtype))
-    buffer = states.new_empty(chunk * columns, dtype=dtype)
+    buffer = torch.empty(chunk * columns, dtype=dtype, device=states.device)
     for start, _, block in weight_blocks(weight, columns, compute):
         for first in range(0, rows, chunk):
             part = slice(first, min(first + chunk, rows))
@@ -78,8 +78,8 @@ def weight_gradient(
     result = torch.zeros_like(weight)
     columns = min(COLUMNS, len(weight))
     chunk = min(len(hidden), block_rows(columns, dtype))
-    buffer = states.new_empty(chunk * columns, dtype=dtype)
-    gradient_buffer = states.new_empty(columns, hidden.shape[1], dtype=dtype)
+    buffer = torch.empty(chunk * columns, dtype=dtype, device=states.device)
+    gradient_buffer = torch.empty(columns, hidden.shape[1], dtype=dtype, device=states.device)
     label_gradient = torch.expm1(-losses)[:, None]
     for start, stop, block in weight_blocks(weight, columns, compute):
         gradient = gradient_buffer[: stop - start].zero_()

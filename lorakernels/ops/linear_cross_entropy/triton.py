@@ -1,0 +1,177 @@
+"""`linear_cross_entropy` on a GPU: vendor GEMMs around one Triton kernel for the softmax and its gradient.
+
+The forward pass takes as many rows at a time as a buffer of logits allows: logits GEMM, kernel, gradient
+GEMM. The kernel reads a row of logits twice, for the loss and for the gradient, and writes the gradient
+over the logits. As in `aten`, the label's own logit stays out of the sums, so that a confident model loses
+no digits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BUFFER_BYTES = 256 * 2**20
+BLOCK = 4096
+
+
+@triton.jit
+def linear_cross_entropy_forward_kernel(
+    logits_ptr,  # [rows, V], overwritten by the gradient
+    labels_ptr,  # [rows]
+    losses_ptr,  # [rows]
+    logsumexp_ptr,  # [rows]
+    row_stride,
+    V,
+    WITH_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loss, log-sum-exp and softmax - onehot of one row of logits."""
+    # rows · V passes 2**31
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    label = tl.load(labels_ptr + row)
+    # the lowest float32, not -inf: exp(-inf - -inf) is nan
+    maximum = tl.full((), -3.4e38, tl.float32)
+    total = tl.zeros((), tl.float32)
+    label_logit = tl.zeros((), tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + column, mask=column < V, other=-float("inf")).to(tl.float32)  # [BLOCK]
+        label_logit += tl.sum(tl.where(column == label, logits, 0.0))
+        logits = tl.where(column == label, -float("inf"), logits)
+        highest = tl.maximum(maximum, tl.max(logits))
+        total = total * tl.exp(maximum - highest) + tl.sum(tl.exp(logits - highest))
+        maximum = highest
+    odds = tl.log(tl.maximum(total, 1.2e-38)) + maximum - label_logit
+    # log(1 + u) with the digits of u that 1 + u drops
+    u = tl.exp(-tl.abs(odds))
+    step = (1.0 + u) - 1.0
+    log1p = tl.where(step == 0.0, u, tl.log(1.0 + u) * (u / tl.where(step == 0.0, 1.0, step)))
+    loss = tl.maximum(odds, 0.0) + log1p
+    logsumexp = label_logit + loss
+    tl.store(losses_ptr + row, loss)
+    tl.store(logsumexp_ptr + row, logsumexp)
+    if WITH_GRADIENT:
+        label_gradient = -tl.sigmoid(odds)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            logits = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)  # [BLOCK]
+            gradient = tl.where(column == label, label_gradient, tl.exp(logits - logsumexp))
+            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def linear_cross_entropy_backward_kernel(
+    logits_ptr,  # [rows, columns] of the vocabulary from first_column on, overwritten by the gradient
+    labels_ptr,  # [rows]
+    logsumexp_ptr,  # [rows]
+    label_gradient_ptr,  # [rows]
+    row_gradient_ptr,  # [rows]
+    row_stride,
+    first_column,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    """row_gradient · (softmax - onehot) of a block of logits, given the log-sum-exp of the whole rows."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    logits_ptr += row * row_stride
+    label = tl.load(labels_ptr + row) - first_column
+    logits = tl.load(logits_ptr + column, mask=column < columns, other=0.0).to(tl.float32)  # [BLOCK]
+    gradient = tl.exp(logits - tl.load(logsumexp_ptr + row))
+    gradient = tl.where(column == label, tl.load(label_gradient_ptr + row), gradient)
+    gradient *= tl.load(row_gradient_ptr + row)
+    tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < columns)
+
+
+def forward(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As `aten.forward`, for 16- and 32-bit inputs."""
+    rows, vocabulary = len(hidden), len(weight)
+    chunk = min(rows, _fitting(vocabulary * hidden.element_size()))
+    buffer = _aligned(chunk, vocabulary, hidden)
+    losses, logsumexp = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    gradient = None
+    if with_gradient:
+        gradient = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+    for first in range(0, rows, chunk):
+        part = slice(first, min(first + chunk, rows))
+        logits = buffer[: part.stop - first]
+        torch.mm(hidden[part], weight.T, out=logits)
+        linear_cross_entropy_forward_kernel[(len(logits),)](
+            logits,
+            labels[part],
+            losses[part],
+            logsumexp[part],
+            logits.stride(0),
+            vocabulary,
+            WITH_GRADIENT=with_gradient,
+            BLOCK=_block(vocabulary),
+            num_warps=8,
+        )
+        if gradient is not None:
+            gradient[part] = _product(logits, weight)
+    return losses, logsumexp, gradient
+
+
+def weight_gradient(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    logsumexp: torch.Tensor,
+    row_gradient: torch.Tensor,
+) -> torch.Tensor:
+    """As `aten.weight_gradient`: the logits of all rows again, a block of the vocabulary at a time."""
+    rows, vocabulary = len(hidden), len(weight)
+    columns = min(vocabulary, _fitting(max(1, rows) * hidden.element_size()))
+    result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    if rows == 0:
+        return result.zero_()
+    buffer = _aligned(rows, columns, hidden)
+    label_gradient = torch.expm1(-losses)
+    for first in range(0, vocabulary, columns):
+        block = weight[first : first + columns]
+        logits = buffer[:, : len(block)]
+        torch.mm(hidden, block.T, out=logits)
+        linear_cross_entropy_backward_kernel[(rows, triton.cdiv(len(block), _block(len(block))))](
+            logits,
+            labels,
+            logsumexp,
+            label_gradient,
+            row_gradient.contiguous(),
+            logits.stride(0),
+            first,
+            len(block),
+            BLOCK=_block(len(block)),
+            num_warps=8,
+        )
+        result[first : first + columns] = logits.T @ hidden
+    return result
+
+
+def _fitting(line_bytes: int) -> int:
+    """How many lines of logits fit the buffer: a multiple of 128 where there is room for so many."""
+    lines = max(1, BUFFER_BYTES // line_bytes)
+    return lines - lines % 128 if lines > 128 else lines
+
+
+def _aligned(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """An empty [rows, columns] whose rows start at multiples of 16 elements, for wide loads of any
+    vocabulary."""
+    stride = triton.cdiv(columns, 16) * 16
+    return torch.empty(rows, stride, dtype=like.dtype, device=like.device)[:, :columns]
+
+
+def _block(columns: int) -> int:
+    return min(BLOCK, triton.next_power_of_2(columns))
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right in float32, so that scaling in the backward pass rounds to 16 bits once."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
