@@ -404,9 +404,9 @@ def _open_cache(folder: Path) -> TokenCache | None:
             arrays[name] = np.memmap(path, dtype=dtype, mode="r", shape=(length,)).view(np.ndarray)
             if _checksum(path) != meta["crc32"][name]:
                 return None
-        return TokenCache(
-            **arrays, report=ReadReport(**meta["report"]), key=folder.name.removeprefix("tokens-")
-        )
+        # A folder that is about to be renamed has a suffix after its key.
+        key = folder.name.removeprefix("tokens-").partition(".")[0]
+        return TokenCache(**arrays, report=ReadReport(**meta["report"]), key=key)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -131,6 +131,8 @@ def test_a_second_call_does_not_tokenize(texts, tokenizer, tokenized):
     Path("empty.txt").touch()
     second, third = build(tokenizer), build(tokenizer)
     assert len(tokenized) == 2
+    assert second.key == third.key != first.key
+    assert {f"tokens-{cache.key}" for cache in (first, second)} == {folder.name for folder in folders()}
     assert first.report.skipped_empty == 0
     assert second.report == third.report
     assert third.report.skipped_empty == 1
