@@ -5,6 +5,7 @@ activation checkpointing treat like one of torch's own. For the backward it keep
 S = s·drop(x)·Aᵀ, the dropout seed and references to the parameters: no dropped copy of x, no mask, no output.
 """
 
+import contextlib
 import math
 
 import torch
@@ -129,7 +130,8 @@ def _forward_op(
     seed = torch.randint(2**63 - 1, _seed_shape(dropout_p), dtype=torch.int64, device=x.device)
     rows = x.reshape(-1, x.shape[-1])
     run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
-    y, s = run.forward(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    with _without_autocast(x.device):
+        y, s = run.forward(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
     return y.view(*x.shape[:-1], weight.shape[0]), s, seed
 
 
@@ -138,6 +140,13 @@ def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, backend):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     s = x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0], dtype=wide_dtype(x.dtype))
     return y, s, x.new_empty(_seed_shape(dropout_p), dtype=torch.int64)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    # autocast reaches into an operator's own products and would round S and dS to 16 bits
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _seed_shape(dropout_p: float) -> tuple[int]:
@@ -162,7 +171,10 @@ def _backward_op(
     rows = x.reshape(-1, x.shape[-1])
     dy_rows = dy.reshape(-1, dy.shape[-1])
     run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
-    dx, da, db = run.backward(dy_rows, rows, weight, lora_a, lora_b, s, scale, dropout_p, seed, tuple(needs))
+    with _without_autocast(x.device):
+        dx, da, db = run.backward(
+            dy_rows, rows, weight, lora_a, lora_b, s, scale, dropout_p, seed, tuple(needs)
+        )
     # an operator returns tensors, never None: an empty one stands for the gradient that nobody asked for
     return (
         x.new_empty(0) if dx is None else dx.view(x.shape),
