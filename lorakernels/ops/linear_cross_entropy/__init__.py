@@ -107,17 +107,22 @@ def _spread(values: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tenso
 def _forward(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses [T], log-sum-exp [T] and the unscaled gradient [T, H] ([0, H] without), zero in ignored rows."""
+    """Losses [T], softmax statistics [T, 2] and the unscaled gradient [T, H] ([0, H] without), zero in
+    ignored rows."""
     rows = len(hidden)
     index = _supervised(labels, ignore_index, len(weight))
+    if len(index) == 0:
+        losses = hidden.new_zeros(rows, dtype=aten.statistics_dtype(hidden.dtype))
+        unscaled = losses.new_zeros(rows if with_gradient else 0, hidden.shape[1])
+        return losses, losses.new_zeros(rows, 2), unscaled
     room = _implementation(hidden)
-    losses, logsumexp, gradient = room.forward(
+    losses, statistics, gradient = room.forward(
         _rows(hidden, index), weight, _rows(labels, index), with_gradient
     )
-    losses, logsumexp = _spread(losses, index, rows), _spread(logsumexp, index, rows)
+    losses, statistics = _spread(losses, index, rows), _spread(statistics, index, rows)
     if gradient is None:
-        return losses, logsumexp, losses.new_empty(0, hidden.shape[1])
-    return losses, logsumexp, _spread(gradient, index, rows)
+        return losses, statistics, losses.new_empty(0, hidden.shape[1])
+    return losses, statistics, _spread(gradient, index, rows)
 
 
 @_forward.register_fake
@@ -125,7 +130,7 @@ def _(hidden, weight, labels, ignore_index, with_gradient):
     dtype = aten.statistics_dtype(hidden.dtype)
     losses = hidden.new_empty(hidden.shape[0], dtype=dtype)
     gradient = hidden.new_empty(hidden.shape[0] if with_gradient else 0, hidden.shape[1], dtype=dtype)
-    return losses, torch.empty_like(losses), gradient
+    return losses, losses.new_empty(hidden.shape[0], 2), gradient
 
 
 @torch.library.custom_op("lorakernels::linear_cross_entropy_hidden_backward", mutates_args=())
@@ -153,39 +158,41 @@ def _weight_backward(
     weight: torch.Tensor,
     labels: torch.Tensor,
     losses: torch.Tensor,
-    logsumexp: torch.Tensor,
+    statistics: torch.Tensor,
     ignore_index: int,
 ) -> torch.Tensor:
     index = _supervised(labels, ignore_index, len(weight))
-    parts = (_rows(part, index) for part in (hidden, labels, losses, logsumexp, row_gradient))
-    hidden, labels, losses, logsumexp, row_gradient = parts
+    if len(index) == 0:
+        return torch.zeros_like(weight)
+    parts = (_rows(part, index) for part in (hidden, labels, losses, statistics, row_gradient))
+    hidden, labels, losses, statistics, row_gradient = parts
     room = _implementation(hidden)
-    return room.weight_gradient(hidden, weight, labels, losses, logsumexp, row_gradient)
+    return room.weight_gradient(hidden, weight, labels, losses, statistics, row_gradient)
 
 
 @_weight_backward.register_fake
-def _(row_gradient, hidden, weight, labels, losses, logsumexp, ignore_index):
+def _(row_gradient, hidden, weight, labels, losses, statistics, ignore_index):
     return torch.empty_like(weight)
 
 
 def _save(ctx, inputs, output):
     hidden, weight, labels, ctx.ignore_index, _ = inputs
-    losses, logsumexp, unscaled = output
-    ctx.mark_non_differentiable(logsumexp, unscaled)
+    losses, statistics, unscaled = output
+    # not marked non-differentiable, so that a gradient of the gradient meets _refuse_double_backward
     ctx.dtype = hidden.dtype
     trained = ctx.needs_input_grad[1]
-    ctx.save_for_backward(labels, unscaled, *((hidden, weight, losses, logsumexp) if trained else ()))
+    ctx.save_for_backward(labels, unscaled, *((hidden, weight, losses, statistics) if trained else ()))
 
 
-def _backward(ctx, row_gradient, _logsumexp_gradient, _unscaled_gradient):
+def _backward(ctx, row_gradient, _statistics_gradient, _unscaled_gradient):
     labels, unscaled, *head = ctx.saved_tensors
     hidden_gradient = weight_gradient = None
     if ctx.needs_input_grad[0]:
         hidden_gradient = _hidden_backward(row_gradient, unscaled, labels, ctx.ignore_index, ctx.dtype)
     if head:
-        hidden, weight, losses, logsumexp = head
+        hidden, weight, losses, statistics = head
         weight_gradient = _weight_backward(
-            row_gradient, hidden, weight, labels, losses, logsumexp, ctx.ignore_index
+            row_gradient, hidden, weight, labels, losses, statistics, ctx.ignore_index
         )
     return hidden_gradient, weight_gradient, None, None, None
 

@@ -29,9 +29,11 @@ def block_rows(columns: int, dtype: torch.dtype) -> int:
 def forward(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Losses [T], log-sum-exp of the logits [T] and, if asked, d loss / d hidden [T, H], all unreduced.
+    """Losses [T], softmax statistics [T, 2] and, if asked, d loss / d hidden [T, H], all unreduced.
 
-    hidden [T, H] and weight [V, H] of one dtype, labels [T] all valid. The results are in `statistics_dtype`.
+    hidden [T, H] and weight [V, H] of one dtype, labels [T] all valid. The results are in
+    `statistics_dtype`. The statistics (shift, scale) give the softmax of every column but the label's as
+    exp(logit - shift) · scale: one number, their log-sum-exp, would be rounded by more than the two.
     """
     rows, width = hidden.shape
     dtype = statistics_dtype(hidden.dtype)
@@ -56,11 +58,14 @@ def forward(
             total[part] = total[part].mul_(decay) + weights.sum(dim=1, keepdim=True)
             if with_gradient:
                 _accumulate(mean[part].mul_(decay), weights, block)
-    odds = total.clamp_(min=torch.finfo(dtype).tiny).log().add_(maximum).sub_(label_logit)
+    total.clamp_(min=torch.finfo(dtype).tiny)
+    odds = total.log().add_(maximum).sub_(label_logit)
     losses = torch.logaddexp(odds, torch.zeros_like(odds))
+    others = odds.sigmoid_()
     if with_gradient:
-        mean.div_(total).sub_(weight[labels]).mul_(odds.sigmoid_())
-    return losses[:, 0], (label_logit + losses)[:, 0], mean if with_gradient else None
+        mean.div_(total).sub_(weight[labels]).mul_(others)
+    statistics = torch.cat([maximum, others / total], dim=1)
+    return losses[:, 0], statistics, mean if with_gradient else None
 
 
 def weight_gradient(
@@ -68,7 +73,7 @@ def weight_gradient(
     weight: torch.Tensor,
     labels: torch.Tensor,
     losses: torch.Tensor,
-    logsumexp: torch.Tensor,
+    statistics: torch.Tensor,
     row_gradient: torch.Tensor,
 ) -> torch.Tensor:
     """``sum over t of row_gradient[t] · (softmax - onehot)[t]ᵀ hidden[t]``, [V, H]; logits are made again."""
@@ -80,15 +85,16 @@ def weight_gradient(
     chunk = min(len(hidden), block_rows(columns, dtype))
     buffer = torch.empty(chunk * columns, dtype=dtype, device=states.device)
     gradient_buffer = torch.empty(columns, hidden.shape[1], dtype=dtype, device=states.device)
-    label_gradient = torch.expm1(-losses)[:, None]
+    shift, scale = statistics[:, :1], statistics[:, 1:] * row_gradient[:, None]
+    label_gradient = (torch.expm1(-losses) * row_gradient)[:, None]
     for start, stop, block in weight_blocks(weight, columns, compute):
         gradient = gradient_buffer[: stop - start].zero_()
         for first in range(0, len(hidden), chunk):
             part = slice(first, min(first + chunk, len(hidden)))
             logits = _product(states[part], block.T, buffer)
-            weights = logits.sub_(logsumexp[part, None]).exp_()
+            weights = logits.sub_(shift[part]).exp_().mul_(scale[part])
             _put_label(weights, labels[part, None] - start, label_gradient[part])
-            _accumulate(gradient, weights.mul_(row_gradient[part, None]).T, states[part])
+            _accumulate(gradient, weights.T, states[part])
         result[start:stop] = gradient
     return result
 

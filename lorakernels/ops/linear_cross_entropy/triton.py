@@ -19,13 +19,13 @@ def linear_cross_entropy_forward_kernel(
     logits_ptr,  # [rows, V], overwritten by the gradient
     labels_ptr,  # [rows]
     losses_ptr,  # [rows]
-    logsumexp_ptr,  # [rows]
+    statistics_ptr,  # [rows, 2]
     row_stride,
     V,
     WITH_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss, log-sum-exp and softmax - onehot of one row of logits."""
+    """Loss, softmax statistics and softmax - onehot of one row of logits."""
     # rows · V passes 2**31
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
@@ -47,16 +47,16 @@ def linear_cross_entropy_forward_kernel(
     u = tl.exp(-tl.abs(odds))
     step = (1.0 + u) - 1.0
     log1p = tl.where(step == 0.0, u, tl.log(1.0 + u) * (u / tl.where(step == 0.0, 1.0, step)))
-    loss = tl.maximum(odds, 0.0) + log1p
-    logsumexp = label_logit + loss
-    tl.store(losses_ptr + row, loss)
-    tl.store(logsumexp_ptr + row, logsumexp)
+    others = tl.sigmoid(odds)
+    scale = others / tl.maximum(total, 1.2e-38)
+    tl.store(losses_ptr + row, tl.maximum(odds, 0.0) + log1p)
+    tl.store(statistics_ptr + 2 * row, maximum)
+    tl.store(statistics_ptr + 2 * row + 1, scale)
     if WITH_GRADIENT:
-        label_gradient = -tl.sigmoid(odds)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            logits = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)  # [BLOCK]
-            gradient = tl.where(column == label, label_gradient, tl.exp(logits - logsumexp))
+            logits = tl.load(logits_ptr + column, mask=column < V, other=-float("inf")).to(tl.float32)
+            gradient = tl.where(column == label, -others, tl.exp(logits - maximum) * scale)
             tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < V)
 
 
@@ -64,7 +64,7 @@ def linear_cross_entropy_forward_kernel(
 def linear_cross_entropy_backward_kernel(
     logits_ptr,  # [rows, columns] of the vocabulary from first_column on, overwritten by the gradient
     labels_ptr,  # [rows]
-    logsumexp_ptr,  # [rows]
+    statistics_ptr,  # [rows, 2]
     label_gradient_ptr,  # [rows]
     row_gradient_ptr,  # [rows]
     row_stride,
@@ -72,13 +72,14 @@ def linear_cross_entropy_backward_kernel(
     columns,
     BLOCK: tl.constexpr,
 ):
-    """row_gradient · (softmax - onehot) of a block of logits, given the log-sum-exp of the whole rows."""
+    """row_gradient · (softmax - onehot) of a block of logits, given the softmax statistics of the rows."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits_ptr += row * row_stride
     label = tl.load(labels_ptr + row) - first_column
     logits = tl.load(logits_ptr + column, mask=column < columns, other=0.0).to(tl.float32)  # [BLOCK]
-    gradient = tl.exp(logits - tl.load(logsumexp_ptr + row))
+    shift, scale = tl.load(statistics_ptr + 2 * row), tl.load(statistics_ptr + 2 * row + 1)
+    gradient = tl.exp(logits - shift) * scale
     gradient = tl.where(column == label, tl.load(label_gradient_ptr + row), gradient)
     gradient *= tl.load(row_gradient_ptr + row)
     tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < columns)
@@ -91,7 +92,8 @@ def forward(
     rows, vocabulary = len(hidden), len(weight)
     chunk = min(rows, _fitting(vocabulary * hidden.element_size()))
     buffer = _aligned(chunk, vocabulary, hidden)
-    losses, logsumexp = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    statistics = torch.empty(rows, 2, dtype=torch.float32, device=hidden.device)
     gradient = None
     if with_gradient:
         gradient = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
@@ -103,7 +105,7 @@ def forward(
             logits,
             labels[part],
             losses[part],
-            logsumexp[part],
+            statistics[part],
             logits.stride(0),
             vocabulary,
             WITH_GRADIENT=with_gradient,
@@ -112,7 +114,7 @@ def forward(
         )
         if gradient is not None:
             gradient[part] = _product(logits, weight)
-    return losses, logsumexp, gradient
+    return losses, statistics, gradient
 
 
 def weight_gradient(
@@ -120,15 +122,13 @@ def weight_gradient(
     weight: torch.Tensor,
     labels: torch.Tensor,
     losses: torch.Tensor,
-    logsumexp: torch.Tensor,
+    statistics: torch.Tensor,
     row_gradient: torch.Tensor,
 ) -> torch.Tensor:
     """As `aten.weight_gradient`: the logits of all rows again, a block of the vocabulary at a time."""
     rows, vocabulary = len(hidden), len(weight)
-    columns = min(vocabulary, _fitting(max(1, rows) * hidden.element_size()))
+    columns = min(vocabulary, _fitting(rows * hidden.element_size()))
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    if rows == 0:
-        return result.zero_()
     buffer = _aligned(rows, columns, hidden)
     label_gradient = torch.expm1(-losses)
     for first in range(0, vocabulary, columns):
@@ -138,7 +138,7 @@ def weight_gradient(
         linear_cross_entropy_backward_kernel[(rows, triton.cdiv(len(block), _block(len(block))))](
             logits,
             labels,
-            logsumexp,
+            statistics,
             label_gradient,
             row_gradient.contiguous(),
             logits.stride(0),
