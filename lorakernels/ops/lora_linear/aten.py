@@ -1,9 +1,11 @@
-"""The LoRA linear on the vendor's GEMM: the frozen product, then a thin product added into the same memory.
+"""The LoRA linear on the vendor's GEMM, without the separate passes over y and dx that the plain expression
+pays.
 
-The in-place addmm (beta = 1) spares the separate passes over y and dx that the plain expression pays. forward
-and backward run the frozen product in x's dtype; forward_wide and backward_wide run it in float32 on blocks
-of a 16-bit weight, for a CPU whose 16-bit products are slower than its float32 ones. Signatures and shapes
-are those of reference.py; S and dS are in float32 or wider.
+In float32 and float64 the thin product comes first, bias and all, and the frozen GEMM adds to it in place
+(beta = 1): the write that would have spread the bias over y carries the update too. In 16 bits the thin
+product is added to the frozen one, which there has a bias epilogue. forward_wide and backward_wide run the
+frozen product of 16-bit tensors in float32, on blocks of the weight, for a CPU whose 16-bit products are the
+slower ones. Signatures and shapes are those of reference.py; S and dS are in float32 or wider.
 """
 
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from lorakernels.ops.lora_linear.reference import keep_mask, wide_dtype
 # Rows of a 16-bit operand that are widened at a time: bounds the float32 copy, long enough for full GEMM
 # speed.
 WIDEN_ROWS = 1024
+# Elements of dy per block of rows: the second product of a block finds it in a core's cache.
+BLOCK_ELEMENTS = 2**19
 
 
 def forward(
@@ -30,6 +34,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] in x's dtype and S [M, r] in wide_dtype, scale included."""
     s = _shrink(x, lora_a, scale, dropout_p, seed)
+    if x.dtype == s.dtype:
+        return _thin_with_bias(s, lora_b, bias).addmm_(x, weight.T), s
     y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
     return _add_product(y, s, lora_b.T), s
 
@@ -49,7 +55,10 @@ def backward(
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
     ds, keep, da, db = _thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
     dx = None
-    if needs[0]:
+    if needs[0] and dy.dtype == ds.dtype:
+        dx = ds @ lora_a
+        dx = (dx if keep is None else dx.mul_(keep)).addmm_(dy, weight)
+    elif needs[0]:
         dx = torch.mm(dy, weight)
         if keep is None:
             _add_product(dx, ds, lora_a)
@@ -72,9 +81,10 @@ def forward_wide(
     s = _shrink(x, lora_a, scale, dropout_p, seed)
     wide_x, wide_b = x.to(s.dtype), lora_b.to(s.dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    wide_bias = None if bias is None else bias.to(s.dtype)
     for rows, block in _wide_blocks(weight, s.dtype):
-        part = wide_x @ block.T if bias is None else torch.addmm(bias[rows].to(s.dtype), wide_x, block.T)
-        y[:, rows] = part.addmm_(s, wide_b[rows].T)
+        thin = _thin_with_bias(s, wide_b[rows], None if bias is None else wide_bias[rows])
+        y[:, rows] = thin.addmm_(wide_x, block.T)
     return y, s
 
 
@@ -123,14 +133,35 @@ def _thin_gradients(
     """dS [M, r], the keep mask [M, K], dA and dB, each None where it is not needed."""
     need_x, need_a, need_b = needs
     ds = keep = da = db = None
+    on_cpu = dy.device.type == "cpu"
+    if on_cpu and need_b and (need_x or need_a) and dy.dtype == s.dtype:
+        ds, db = _both_products(dy, lora_b, s)
+    elif need_b:
+        db = _wide_product_over_rows(dy, s).to(lora_b.dtype)
     if need_x or need_a:
-        ds = _wide_product(dy, lora_b).mul_(scale / (1 - dropout_p))
+        ds = _wide_product(dy, lora_b) if ds is None else ds
+        ds.mul_(scale / (1 - dropout_p))
         keep = keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else None
     if need_a:
         da = _wide_product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
-    if need_b:
-        db = _wide_product_over_rows(dy, s).to(lora_b.dtype)
     return ds, keep, da, db
+
+
+def _both_products(dy: Tensor, lora_b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """dy·B [M, r] and dyᵀ·S [N, r], block by block of dy's rows."""
+    rows = max(1, BLOCK_ELEMENTS // dy.shape[1])
+    ds, db_t = torch.empty_like(s), torch.zeros_like(lora_b.T)
+    for block, ds_rows, s_rows in zip(dy.split(rows), ds.split(rows), s.split(rows), strict=True):
+        torch.mm(block, lora_b, out=ds_rows)
+        db_t.addmm_(s_rows.T, block)
+    return ds, db_t.T
+
+
+def _thin_with_bias(s: Tensor, lora_b: Tensor, bias: Tensor | None) -> Tensor:
+    """S·Bᵀ + bias, [M, N], in one write: the bias is one more column of B, of ones in S."""
+    if bias is None:
+        return s @ lora_b.T
+    return torch.cat([s, s.new_ones(s.shape[0], 1)], 1) @ torch.cat([lora_b, bias[:, None]], 1).T
 
 
 def _wide_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
