@@ -7,7 +7,6 @@ A checkpoint is one dictionary of tensors and plain values, written by ``torch.s
 import dataclasses
 import io
 import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,17 +67,12 @@ def save_checkpoint(state: TrainingState, run_dir: Path, *, keep: bool) -> None:
 def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint onto the CPU. Raises `UserError` if it is missing, damaged or something else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}") from error
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
+    try:
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a checkpoint of bloomft, or a damaged one") from error
     names = {field.name for field in dataclasses.fields(TrainingState)}
     if not isinstance(content, dict) or not names <= content.keys():

@@ -82,7 +82,12 @@ def patch_base(base: Base, config: ModelConfig, device: torch.device, dtype: tor
     lora = config.lora
     try:
         return patch_bloom(
-            model, lora.lora_dim, lora.lora_scale, lora.attention_layer_name, lora.lora_dropout
+            model,
+            lora.lora_dim,
+            lora.lora_scale,
+            lora.attention_layer_name,
+            lora.lora_dropout,
+            lora.parts,
         )
     except ValueError as error:
         raise UserError(f"model.lora: {error}") from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import BloomForCausalLM, get_scheduler
 
@@ -283,19 +284,22 @@ def _restore(state, path, config, base, data_identity, model, optimizer, schedul
             f"{path}: its training rows differ from those of this configuration (files, max_length, packing, "
             "heldout_fraction or random_state changed); train.resume=never starts anew"
         )
-    try:
-        load_adapter_state(model, state.adapters)
-    except ValueError as error:
+    ours, theirs = dataclasses.asdict(config.model.lora), state.lora
+    if changed := [k for k in ours if k != "lora_dropout" and ours[k] != theirs.get(k)]:
         raise UserError(
-            f"{path}: does not fit model.lora: {error}; train.resume=never starts anew"
-        ) from error
+            f"{path}: model.lora.{changed[0]} is {theirs.get(changed[0])} there and {ours[changed[0]]} in this "
+            "configuration; train.resume=never starts anew"
+        )
+    if (was := OmegaConf.create(state.config).optim.scheduler.name) != config.optim.scheduler.name:
+        raise UserError(
+            f"{path}: optim.scheduler.name is {was} there and {config.optim.scheduler.name} in this "
+            "configuration; train.resume=never starts anew"
+        )
+    load_adapter_state(model, state.adapters)
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state.optimizer)
     fresh = scheduler.state_dict()
-    try:
-        scheduler.load_state_dict(state.scheduler)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: written under another optim.scheduler.name; train.resume=never") from error
+    scheduler.load_state_dict(state.scheduler)
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update({k: v for k, v in settings.items() if k != "lr"})
     if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tests.bloomft.conftest import tiny_model
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 
@@ -19,6 +18,7 @@ from bloomft.patch import (
     unfuse_bloom,
     unpatch_bloom,
 )
+from tests.bloomft.conftest import tiny_model
 
 SHAPES = {
     "plain": {},
@@ -268,7 +268,10 @@ def test_parts_adapt_only_their_rows_of_every_head(model, parts):
 
 def test_only_adapters_train_and_both_start_as_lora_says(model):
     patch_bloom(model, r=4)
-    assert {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
+    assert {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.requires_grad} == {
+        "lora_a",
+        "lora_b",
+    }
     for layer in adapted_layers(model).values():
         assert not layer.lora_b.any()
         assert layer.lora_a.std() > 0

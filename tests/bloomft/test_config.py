@@ -1,0 +1,169 @@
+"""Every mistake in a configuration is one line with path, place, what is allowed and a suggestion."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bloomft.config import config_to_yaml, filename_patterns, load_config, reference_table
+from bloomft.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+SEED = """\
+data:
+  filenames: examples/*.txt
+  max_length: 2048
+  random_state: 42
+
+model:
+  transformer:
+    pretrained_model_name_or_path: bigscience/bloom-1b7
+  lora:
+    lora_dim: 8
+    lora_scale: 4
+    attention_layer_name: query_key_value
+
+optim:
+  optimizer:
+    lr: 1e-4
+    betas: [0.9, 0.999]
+    eps: 1e-6
+    weight_decay: 0.1
+  scheduler:
+    name: linear
+    num_warmup_steps: 100
+    num_training_steps: 5000
+
+train:
+  batch_size: 4
+  accumulate_grad_batches: 1
+  gradient_clip_val: 1.0
+  gradient_checkpointing: true
+  log_every_n_steps: 10
+  save_every_n_train_steps: 2500
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "seed.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_seed_s_file_loads_as_it_is(write):
+    config = load_config(write(SEED))
+    assert config.data.max_length == 2048
+    assert config.model.lora.lora_scale == 4.0
+    assert config.optim.optimizer.lr == 1e-4
+    assert config.optim.optimizer.eps == 1e-6
+    assert config.optim.optimizer.betas == [0.9, 0.999]
+    assert config.train.gradient_checkpointing is True
+    assert config.train.output_dir == "runs/seed"
+    assert filename_patterns(config.data) == ["examples/*.txt"]
+
+
+def test_overrides_win_and_the_resolved_file_loads_again(write, tmp_path):
+    words = [
+        "train.batch_size=2",
+        "data.filenames=[a/*.md,b.jsonl]",
+        "train.precision=bf16",
+        "model.lora.parts=[q,v]",
+    ]
+    config = load_config(write(SEED), [*words, "optim.scheduler.scheduler_specific_kwargs.num_cycles=2"])
+    assert config.train.batch_size == 2
+    assert filename_patterns(config.data) == ["a/*.md", "b.jsonl"]
+    assert config.model.lora.parts == ["q", "v"]
+    assert config.optim.scheduler.scheduler_specific_kwargs == {"num_cycles": 2}
+    (tmp_path / "again.yaml").write_text(config_to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_the_access_token_is_not_written(write):
+    config = load_config(write(SEED), ["model.transformer.token=secret"])
+    assert config.model.transformer.token == "secret"
+    assert "secret" not in config_to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("lora_dim: 8", "lora_dmi: 8", r"seed.yaml:10: model.lora.lora_dmi: unknown key; .*mean .*lora_dim"),
+        ("train:\n", "trian:\n", r"seed.yaml:25: trian: unknown key; did you mean train"),
+        ("lr: 1e-4", "lr: fast", r"seed.yaml:16: optim.optimizer.lr: fast is .* allowed: number > 0"),
+        ("lr: 1e-4", "lr: -1", r"seed.yaml:16: optim.optimizer.lr: -1.0 is not allowed"),
+        ("lr: 1e-4", "lr: .nan", r"optim.optimizer.lr: nan is not allowed"),
+        ("lr: 1e-4", "lr:", r"optim.optimizer.lr: null is not allowed"),
+        ("0.999]", "1.0]", r"seed.yaml:17: optim.optimizer.betas: .* allowed: 2 numbers ≥ 0 and < 1"),
+        (", 0.999]", "]", r"betas: \[0.9\] is not allowed; allowed: 2 numbers"),
+        ("0.999]", "x]", r"seed.yaml:17: optim.optimizer.betas\[1\]: x is not allowed"),
+        ("name: linear", "name: liner", r"seed.yaml:21: .*did you mean linear\?"),
+        ("batch_size: 4", "batch_size: 0", r"train.batch_size: 0 is not allowed; allowed: integer ≥ 1"),
+        ("batch_size: 4", "batch_size: 1.5", r"train.batch_size: 1.5 is not allowed"),
+        ("  batch_size: 4\n", "", r"train.batch_size is missing: rows in a micro-batch"),
+        ("max_length: 2048", "max_length: ...", r"data.max_length: '...' is not allowed"),
+        ("max_length: 2048", "max_length: ${data.nothing}", r"data.max_length: Interpolation key"),
+        ("checkpointing: true", "checkpointing: maybe", r"checkpointing: maybe is not .*true or false"),
+        ("num_warmup_steps: 100", "num_warmup_steps: 6000", r"num_warmup_steps: 6000 is more than"),
+        ("name: linear", "name: greedy\n    x: 1", r"optim.scheduler.x: unknown key"),
+        ("filenames: examples/*.txt", "filenames: 3", r"data.filenames: 3 is not .* text or a list"),
+        ("filenames: examples/*.txt", "filenames: []", r"data.filenames: \[\] is not allowed"),
+        ("  lora:\n", "  lora: 3\n  lara:\n", r"model.lora: expected the keys lora_dim"),
+        ("lora_scale: 4", "lora_scale: 4\n    parts: [q, w]", r"lora.parts: \[q, w\] is not .* q, k, v"),
+        ("data:\n", "data: [\n", r"seed.yaml:\d+: not valid YAML"),
+        ("model:\n", "data: {}\nmodel:\n", r"not valid YAML: found duplicate key data"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_file(write, old, new, expected):
+    assert old in SEED
+    with pytest.raises(UserError, match=expected) as caught:
+        load_config(write(SEED.replace(old, new, 1)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "3", "[1, 2]", "# nothing"])
+def test_a_file_that_is_no_mapping(write, text):
+    with pytest.raises(UserError, match="expected the nodes data, model, optim, train"):
+        load_config(write(text))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.batch_size=x", r"command line: train.batch_size: x is not allowed"),
+        ("train.bach_size=3", r"command line: train.bach_size: unknown key; did you mean train.batch_size"),
+        ("batch_size=3", r"command line: batch_size: unknown key; did you mean train.batch_size"),
+        ("train=3", r"command line: train: expected the keys"),
+        ("nonsense", r"'nonsense' is not of the form key=value"),
+        ("train.logger={a", r"cannot be read"),
+        ("train.batch_size=-2", r"command line: train.batch_size: -2 is not allowed"),
+    ],
+)
+def test_mistakes_on_the_command_line(write, override, expected):
+    with pytest.raises(UserError, match=expected):
+        load_config(write(SEED), [override])
+
+
+def test_a_missing_file_and_one_that_is_not_text(tmp_path):
+    with pytest.raises(UserError, match="cannot read the configuration: No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("name", ["560m", "1b1", "1b7", "3b", "7b1", "tiny"])
+def test_shipped_configurations_load(name):
+    path = ROOT / "configs" / f"bloom-{name}.yaml"
+    config = load_config(path)
+    assert config.optim.scheduler.num_warmup_steps < config.optim.scheduler.num_training_steps
+    seed_keys = set(yaml.safe_load(SEED)["train"])
+    assert seed_keys <= set(yaml.safe_load(path.read_text())["train"])
+
+
+def test_the_readme_holds_the_reference():
+    assert reference_table() in (ROOT / "README.md").read_text(encoding="utf-8")

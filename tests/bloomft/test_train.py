@@ -1,0 +1,217 @@
+"""The training loop, in process, on a base that trains in seconds."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bloomft.checkpoint import load_checkpoint
+from bloomft.config import SCHEDULES, load_config
+from bloomft.errors import UserError
+from bloomft.model import load_base, patch_base
+from bloomft.train import evaluate, load_data, make_optimizer, train
+
+
+def metrics(run: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapters(run: str | Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    return load_checkpoint(Path(run) / name).adapters
+
+
+def equal(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture
+def run(settings, config_path):
+    """Trains with changes like ``train__batch_size=2`` and returns the result."""
+
+    def run(**changes):
+        for path, value in changes.items():
+            node = settings
+            *parents, name = path.split("__")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = value
+        return train(load_config(config_path(settings)))
+
+    return run
+
+
+def test_a_run_learns_and_leaves_what_it_promises(run):
+    result = run(optim__scheduler__num_training_steps=30)
+    assert result.step == 30
+    assert result.eval_loss < result.base_eval_loss - 0.3
+    lines = metrics(result.run_dir)
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_second"} <= lines[0].keys()
+    assert [line["step"] for line in lines if "eval_loss" in line] == [6, 12, 18, 24, 30]
+    assert lines[-1]["eval_loss"] == result.eval_loss
+    names = {path.name for path in result.run_dir.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "last.ckpt", "step-3.ckpt", "step-30.ckpt", "log"} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_the_checkpoint_holds_adapters_and_never_the_base(run):
+    result = run()
+    raw = torch.load(result.run_dir / "last.ckpt", weights_only=True)
+    assert raw["step"] == 12
+    assert raw["position"] == 12
+    assert {name.rsplit(".", 1)[-1] for name in raw["adapters"]} == {"lora_a", "lora_b"}
+    assert len(raw["adapters"]) == 4
+    assert (result.run_dir / "last.ckpt").stat().st_size < 100_000
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tmp_path):
+    first = run(model__lora__lora_dropout=0.1)
+    again = run(train__output_dir=str(tmp_path / "again"))
+    other = run(train__output_dir=str(tmp_path / "other"), data__random_state=7)
+    assert equal(adapters(first.run_dir), adapters(again.run_dir))
+    assert not equal(adapters(first.run_dir), adapters(other.run_dir))
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(run, tmp_path):
+    # Without packing rows have different numbers of labels, which a mean of means would weigh wrongly.
+    whole = run(data__packing=False, train__batch_size=8)
+    cut = run(train__output_dir=str(tmp_path / "cut"), train__batch_size=2, train__accumulate_grad_batches=4)
+    for left, right in zip(metrics(whole.run_dir), metrics(cut.run_dir), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-2)
+
+
+def test_gradient_checkpointing_changes_nothing(run, tmp_path):
+    plain = run(model__lora__lora_dropout=0.1)
+    again = run(train__output_dir=str(tmp_path / "again"), train__gradient_checkpointing=True)
+    for name, value in adapters(plain.run_dir).items():
+        torch.testing.assert_close(adapters(again.run_dir)[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns(run, precision):
+    result = run(train__precision=precision, optim__scheduler__num_training_steps=20)
+    assert result.eval_loss < result.base_eval_loss - 0.1
+    assert all(value.dtype == torch.float32 for value in adapters(result.run_dir).values())
+    assert bool(load_checkpoint(result.run_dir / "last.ckpt").scaler) == (precision == "fp16")
+
+
+_EXTRA = {
+    "cosine_with_min_lr": {"min_lr": 1e-4},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-4},
+    "warmup_stable_decay": {"num_decay_steps": 3},
+    "reduce_lr_on_plateau": {"patience": 0},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_runs_and_resumes(run, name, tmp_path):
+    changes = {
+        "optim__scheduler__name": name,
+        "optim__scheduler__scheduler_specific_kwargs": _EXTRA.get(name, {}),
+    }
+    whole = run(optim__scheduler__num_training_steps=4, train__eval_every_n_steps=1, **changes)
+    again = run(train__output_dir=str(tmp_path / "again"), train__resume=str(whole.run_dir / "step-3.ckpt"))
+    assert equal(adapters(whole.run_dir), adapters(again.run_dir))
+
+
+def test_an_unknown_schedule_argument_is_a_user_error(run):
+    with pytest.raises(UserError, match="scheduler_specific_kwargs"):
+        run(optim__scheduler__scheduler_specific_kwargs={"nonsense": 1})
+
+
+def test_torch_compile_trains_to_the_same_losses(run, tmp_path):
+    plain = run(optim__scheduler__num_training_steps=3)
+    compiled = run(train__output_dir=str(tmp_path / "compiled"), train__compile=True)
+    for left, right in zip(metrics(plain.run_dir), metrics(compiled.run_dir), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+
+
+def test_parts_and_a_path_relative_to_the_run(run):
+    result = run(model__lora__parts=["q", "v"])
+    assert adapters(result.run_dir)["transformer.h.0.self_attention.query_key_value.lora_b"].shape == (96, 4)
+    with pytest.raises(UserError, match=r"no checkpoint at absent.ckpt or .*has last.ckpt, step-12.ckpt"):
+        run(train__resume="absent.ckpt")
+
+
+def test_held_out_loss_is_the_mean_over_labels(settings, config_path):
+    config = load_config(config_path(settings))
+    base = load_base(config.model.transformer)
+    _, heldout, _ = load_data(config, base)
+    model = base.model.eval()
+    total = count = 0
+    for batch in heldout.eval_batches(1):
+        # Plain transformers, document by document.
+        for document in batch["document_ids"].unique():
+            ids = batch["input_ids"][batch["document_ids"] == document][None]
+            labels = batch["labels"][batch["document_ids"] == document][None]
+            targets = labels[:, 1:]
+            if (targets != -100).any():
+                logits = model(ids).logits[:, :-1].double()
+                total += torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum").item()
+                count += int((targets != -100).sum())
+    patched = patch_base(base, config.model, torch.device("cpu"), torch.float32)
+    assert evaluate(patched, heldout, 3) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_vectors_get_no_weight_decay(settings, config_path):
+    config = load_config(config_path(settings))
+    model = torch.nn.Linear(3, 3)
+    decay = {
+        p.ndim: group["weight_decay"]
+        for group in make_optimizer(model, config).param_groups
+        for p in group["params"]
+    }
+    assert decay == {2: 0.1, 1: 0.0}
+
+
+def test_no_held_out_text(run):
+    result = run(data__heldout_fraction=0.0)
+    assert result.base_eval_loss is None
+    assert result.eval_loss is None
+    assert all("eval_loss" not in line for line in metrics(result.run_dir))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run):
+    with pytest.raises(UserError, match=r"keeps the last good state; try a lower optim.optimizer.lr"):
+        run(optim__optimizer__lr=1e30, train__gradient_clip_val=0.0)
+
+
+def test_a_finished_run_started_again_stays_as_it_is(run):
+    first = run()
+    before = (first.run_dir / "last.ckpt").read_bytes()
+    again = run()
+    assert again.step == 12
+    assert math.isclose(again.eval_loss, first.eval_loss, rel_tol=1e-6)
+    assert (first.run_dir / "last.ckpt").read_bytes() == before
+    assert len(metrics(first.run_dir)) == 12
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(run):
+    run()
+    assert run(optim__scheduler__num_training_steps=15).step == 15
+
+
+def test_resume_never_moves_the_old_run_aside(run):
+    first = run()
+    before = (first.run_dir / "last.ckpt").read_bytes()
+    run(train__resume="never", optim__scheduler__num_training_steps=2)
+    assert (first.run_dir.with_name("run.1") / "last.ckpt").read_bytes() == before
+    assert len(metrics(first.run_dir)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model__lora__lora_dim": 8}, "model.lora.lora_dim is 4 there and 8"),
+        ({"data__max_length": 16}, "its training rows differ"),
+        ({"optim__scheduler__name": "reduce_lr_on_plateau"}, "scheduler.name is linear there and reduce"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(run, change, expected):
+    run()
+    with pytest.raises(UserError, match=expected):
+        run(**change)
