@@ -36,4 +36,4 @@ def split_overrides(
         )
         (overrides if is_override else words).append(word)
         expects_value = word.startswith("--") and "=" not in word
-    return parser.parse_args(words), overrides
+    return parser.parse_intermixed_args(words), overrides

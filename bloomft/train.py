@@ -287,8 +287,8 @@ def _restore(state, path, config, base, data_identity, model, optimizer, schedul
     ours, theirs = dataclasses.asdict(config.model.lora), state.lora
     if changed := [k for k in ours if k != "lora_dropout" and ours[k] != theirs.get(k)]:
         raise UserError(
-            f"{path}: model.lora.{changed[0]} is {theirs.get(changed[0])} there and {ours[changed[0]]} in this "
-            "configuration; train.resume=never starts anew"
+            f"{path}: model.lora.{changed[0]} is {theirs.get(changed[0])} there and {ours[changed[0]]} in "
+            "this configuration; train.resume=never starts anew"
         )
     if (was := OmegaConf.create(state.config).optim.scheduler.name) != config.optim.scheduler.name:
         raise UserError(

@@ -1,0 +1,153 @@
+"""Exports that other programs load: transformers the merged folder, PEFT the adapter."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM
+
+from bloomft.adapters import load_peft_adapter, load_peft_config
+from bloomft.checkpoint import load_checkpoint
+from bloomft.config import load_config
+from bloomft.errors import UserError
+from bloomft.export import export, main, restore
+from bloomft.model import load_base
+from bloomft.patch import adapter_state, patch_bloom
+from bloomft.train import train
+
+IDS = torch.randint(4, 384, (3, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def trained(settings, config_path):
+    """A finished run: its configuration's path and the run's folder."""
+    settings["optim"]["scheduler"]["num_training_steps"] = 8
+    path = config_path(settings)
+    return path, train(load_config(path)).run_dir
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def load_with_peft(base_folder, adapter) -> PeftModel:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter).eval()
+
+
+def test_merged_and_peft_agree_with_the_trained_model(trained, base_folder, tmp_path, capsys):
+    path, run_dir = trained
+    main([str(path), "last.ckpt"])
+    printed = capsys.readouterr().out
+    assert "logits moved by at most" in printed
+    assert "held-out loss" in printed
+    main([str(path), "last.ckpt", "--format", "adapter", "--output", str(tmp_path / "peft")])
+
+    merged = AutoModelForCausalLM.from_pretrained(run_dir / "merged").eval()
+    assert type(merged) is BloomForCausalLM
+    assert merged.config.architectures == ["BloomForCausalLM"]
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "merged")
+    assert (
+        tokenizer("pip install")["input_ids"]
+        == AutoTokenizer.from_pretrained(base_folder)("pip install")["input_ids"]
+    )
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "peft"
+    ).eval()
+    base = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    config = load_config(path)
+    trained_model = restore(
+        config, load_checkpoint(run_dir / "last.ckpt"), path, load_base(config.model.transformer)
+    )
+    with torch.no_grad():
+        expected = trained_model(IDS).logits
+        assert relative(merged(IDS).logits, expected) < 1e-5
+        assert relative(peft(IDS).logits, merged(IDS).logits) < 1e-4
+        assert relative(base(IDS).logits, expected) > 1e-2, (
+            "the adapters must matter for this to mean anything"
+        )
+
+
+def test_half_precision_base_is_merged_in_float32_and_kept_in_its_dtype(
+    settings, config_path, base_folder, tmp_path
+):
+    folder = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base_folder).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder)
+    settings["model"]["transformer"]["pretrained_model_name_or_path"] = str(folder)
+    path = config_path(settings)
+    run_dir = train(load_config(path)).run_dir
+    shift = export(load_config(path), run_dir / "last.ckpt", tmp_path / "out", "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    assert 0 < shift.logits < 0.1 * shift.logits_scale
+    assert abs(shift.merged_loss - shift.unmerged_loss) < 0.02
+
+    state = load_checkpoint(run_dir / "last.ckpt").adapters
+    name = "transformer.h.1.self_attention.query_key_value"
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    weight = base.get_parameter(f"{name}.weight").double()
+    exact = weight + 2.0 * state[f"{name}.lora_b"].double() @ state[f"{name}.lora_a"].double()
+    rounded_once = merged.get_parameter(f"{name}.weight")
+    ulp = torch.finfo(torch.bfloat16).eps * exact.abs()
+    assert ((rounded_once.double() - exact).abs() <= 0.51 * ulp + 1e-30).all()
+
+
+def test_parts_are_exported_as_full_rows(settings, config_path, base_folder, tmp_path):
+    settings["model"]["lora"]["parts"] = ["q", "v"]
+    path = config_path(settings)
+    run_dir = train(load_config(path)).run_dir
+    main([str(path), "last.ckpt", "--format", "adapter", "--output", str(tmp_path / "peft")])
+    main([str(path), "last.ckpt", "--output", str(tmp_path / "merged")])
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    rows = tensors["base_model.model.transformer.h.0.self_attention.query_key_value.lora_B.weight"]
+    assert rows.view(4, 3, 12, 4).abs().sum((0, 2, 3))[1] == 0
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "peft"
+    ).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(peft(IDS).logits, merged(IDS).logits) < 1e-5
+    assert run_dir.exists()
+
+
+def test_our_own_reader_of_peft_s_format(trained, tmp_path):
+    path, run_dir = trained
+    main([str(path), "last.ckpt", "--format", "adapter"])
+    lora = load_peft_config(run_dir / "adapter")
+    assert lora == {"lora_dim": 4, "lora_scale": 2.0, "attention_layer_name": "query_key_value"}
+    model = patch_bloom(load_base(load_config(path).model.transformer).model, r=4, scale=2.0)
+    load_peft_adapter(model, run_dir / "adapter")
+    state = load_checkpoint(run_dir / "last.ckpt").adapters
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state(model).items())
+    other = patch_bloom(load_base(load_config(path).model.transformer).model, r=8)
+    with pytest.raises(UserError, match=r"lora_A.weight is of shape \(4, 48\); expected \(8, 48\)"):
+        load_peft_adapter(other, run_dir / "adapter")
+    about = run_dir / "adapter" / "adapter_config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "use_dora": True}))
+    with pytest.raises(UserError, match="only plain LoRA"):
+        load_peft_config(run_dir / "adapter")
+
+
+def test_an_export_replaces_an_export_and_nothing_else(trained, tmp_path):
+    path, run_dir = trained
+    main([str(path), "last.ckpt"])
+    main([str(path), "step-6.ckpt"])
+    assert json.loads((run_dir / "merged" / "bloomft_export.json").read_text())["step"] == 6
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("irreplaceable")
+    with pytest.raises(UserError, match="exists and is no earlier export"):
+        main([str(path), "last.ckpt", "--output", str(foreign)])
+    assert (foreign / "thesis.tex").read_text() == "irreplaceable"
+    assert not [p for p in run_dir.iterdir() if p.name.startswith(".")]
+
+
+def test_export_without_the_training_text(trained, corpus, tmp_path, capsys):
+    path, _ = trained
+    for file in corpus.iterdir():
+        file.unlink()
+    main([str(path), "last.ckpt", "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "held-out loss is not compared" in printed
+    assert "logits moved by at most" in printed
