@@ -60,6 +60,8 @@ def failures(results, hidden, weight, labels, reduction):
     ):
         error = relative_error(got, right)
         bound = error_bound(relative_error(yardstick, right), yardstick.dtype, right.numel())
+        if hidden.dtype == torch.float64:
+            bound = 1e-13  # exact and plain are one computation there, whose own error is unknown
         if got.dtype != yardstick.dtype:
             lines.append(f"{name}: {got.dtype} in place of {yardstick.dtype}")
         if not error <= bound:

@@ -57,8 +57,8 @@ def _check(
     slopes: torch.Tensor,
     document_ids: torch.Tensor | None,
 ) -> None:
-    if query.ndim != 4:
-        raise ValueError(f"query: expected shape [B, heads, T, D], got {list(query.shape)}")
+    if query.ndim != 4 or query.shape[3] < 1:
+        raise ValueError(f"query: expected shape [B, heads, T, D] with D >= 1, got {list(query.shape)}")
     batch, heads, length, _ = query.shape
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:

@@ -73,7 +73,8 @@ def causal_blocks(starts: torch.Tensor) -> BlockMask:
     first_start = starts[:, index * BLOCK, None]  # [B, blocks, 1]
     last_start = starts[:, (index * BLOCK + BLOCK - 1).clamp(max=length - 1), None]
     visible = (index >= first_start // BLOCK) & (index <= index[:, None])  # [B, query blocks, key blocks]
-    whole = (index * BLOCK >= last_start) & (index < index[:, None])
+    complete = (index[:, None] + 1) * BLOCK <= length  # as torch has it: queries past the end see nothing
+    whole = (index * BLOCK >= last_start) & (index < index[:, None]) & complete
 
     def allowed(b, h, q, k):
         row = b if rows > 1 else 0

@@ -2,7 +2,7 @@
 
 import torch
 
-from lorakernels.ops.alibi_attention.slopes import alibi_bias, key_positions
+from lorakernels.ops.alibi_attention.slopes import alibi_bias, document_starts, key_positions
 
 
 def alibi_attention_reference(
@@ -25,7 +25,8 @@ def alibi_attention_reference(
     bias = alibi_bias(slopes, key_positions(document_ids), bias_dtype or query.dtype).to(
         query.dtype
     )  # [B, h, T]
-    allowed = document_ids[:, :, None] == document_ids[:, None, :]  # [B, T, T]
+    starts = document_starts(document_ids)
+    allowed = starts[:, :, None] == starts[:, None, :]  # [B, T, T]
     allowed = allowed.tril()[:, None]
     scores = query @ key.transpose(-1, -2) * head_dim**-0.5 + bias[:, :, None, :]
     scores = scores.masked_fill(~allowed, -torch.inf)

@@ -16,7 +16,7 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> to
     Raises ValueError if num_heads is below 1.
     """
     if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
     lower = 2 ** math.floor(math.log2(num_heads))
     slopes = _geometric(lower, torch.arange(1, lower + 1, dtype=torch.int32, device=device))
     if lower != num_heads:

@@ -1,0 +1,248 @@
+"""Values and gradients of alibi_attention against float64 and against transformers' BLOOM."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BloomConfig
+from transformers.models.bloom import modeling_bloom
+
+from benchmarks.baselines import attention as baselines
+from lorakernels import alibi_attention, alibi_slopes
+from lorakernels.ops.alibi_attention import aten
+from lorakernels.ops.alibi_attention.reference import alibi_attention_reference
+from lorakernels.ops.alibi_attention.slopes import alibi_bias
+from lorakernels.ops.lora_linear.check import error_bound, relative_error
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [(1, 16, 200, 64), (2, 6, 65, 5), (3, 1, 1, 8), (1, 3, 300, 80), (2, 2, 64, 1)]
+REPEATABLE = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_problem(shape, dtype, *, seed=0, documents=0.0):
+    """query, key, value as views of a fused projection, slopes, document ids and the result's gradient."""
+    batch, heads, length, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    fused = torch.randn(batch, length, heads, 3, width, generator=generator).to(dtype)
+    query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))
+    ids = (torch.rand(batch, length, generator=generator) < documents).cumsum(1) if documents else None
+    incoming = torch.randn(batch, length, heads, width, generator=generator).to(dtype).transpose(1, 2)
+    return (query, key, value), alibi_slopes(heads), ids, incoming
+
+
+def results_of(function, tensors, slopes, incoming, **options):
+    """The result and the gradients of query, key and value."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*leaves, slopes, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, incoming.to(out.dtype))]
+
+
+def failures(results, tensors, slopes, ids, incoming):
+    """One line for each result that is further from float64 than the rule allows.
+
+    The yardstick is what transformers computes; it knows no documents, there it is the plain expression.
+    """
+    wide = [tensor.double() for tensor in tensors]
+    options = {"document_ids": ids, "bias_dtype": tensors[0].dtype}
+    exact = results_of(alibi_attention_reference, wide, slopes, incoming, **options)
+    if ids is None:
+        plain = results_of(baselines.eager, tensors, slopes, incoming)
+    else:
+        plain = results_of(alibi_attention_reference, tensors, slopes, incoming, document_ids=ids)
+    lines = []
+    for name, got, yardstick, right in zip(("out", "dq", "dk", "dv"), results, plain, exact, strict=True):
+        error = relative_error(got, right)
+        bound = error_bound(relative_error(yardstick, right), yardstick.dtype, right.numel())
+        if tensors[0].dtype == torch.float64:
+            bound = 1e-13  # exact and plain are one computation there, whose own error is unknown
+        if got.dtype != yardstick.dtype:
+            lines.append(f"{name}: {got.dtype} in place of {yardstick.dtype}")
+        if not error <= bound:
+            lines.append(f"{name}: relative error {error:.3g} above the bound {bound:.3g}")
+    return lines
+
+
+@pytest.mark.parametrize("documents", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape, dtype, documents):
+    tensors, slopes, ids, incoming = make_problem(shape, dtype, documents=documents)
+    results = results_of(alibi_attention, tensors, slopes, incoming, document_ids=ids)
+    assert failures(results, tensors, slopes, ids, incoming) == []
+
+
+@settings(max_examples=40, **REPEATABLE)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 150), st.integers(2, 40)),
+    dtype=st.sampled_from(DTYPES), documents=st.sampled_from([0.0, 0.02, 0.3]),
+    queries=st.integers(1, 160), kibibytes=st.integers(1, 300), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_problem(shape, dtype, documents, queries, kibibytes, seed, monkeypatch):
+    monkeypatch.setattr(aten, "QUERIES", queries)
+    monkeypatch.setattr(aten, "SCORE_BYTES", kibibytes * 1024)
+    tensors, slopes, ids, incoming = make_problem(shape, dtype, seed=seed, documents=documents)
+    results = results_of(alibi_attention, tensors, slopes, incoming, document_ids=ids)
+    assert failures(results, tensors, slopes, ids, incoming) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_rows_keep_their_digits(dtype):
+    """At 1,000 tokens the steepest head's bias is 700; float32 has no room for a score beside that."""
+    tensors, slopes, ids, incoming = make_problem((1, 8, 1000, 16), dtype)
+    results = results_of(alibi_attention, tensors, slopes, incoming)
+    assert failures(results, tensors, slopes, ids, incoming) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_packed_document_gets_what_it_gets_alone(dtype):
+    """To the bit: results, gradients and the biases they come from."""
+    tensors, slopes, _, incoming = make_problem((2, 4, 300, 16), dtype)
+    ids = torch.zeros(2, 300, dtype=torch.int32)
+    ids[0, 77:] = 5
+    ids[1, 200:] = 1
+    packed = results_of(alibi_attention, tensors, slopes, incoming, document_ids=ids)
+    for row, start, stop in [(0, 0, 77), (0, 77, 300), (1, 0, 200), (1, 200, 300)]:
+        alone = [tensor[row : row + 1, :, start:stop] for tensor in (*tensors, incoming)]
+        for got, right in zip(packed, results_of(alibi_attention, alone[:3], slopes, alone[3]), strict=True):
+            assert torch.equal(got[row : row + 1, :, start:stop], right)
+
+
+def test_a_returning_id_is_a_new_document():
+    tensors, slopes, _, incoming = make_problem((1, 2, 9, 4), torch.float64)
+    again = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 0]])
+    for function in (alibi_attention, alibi_attention_reference):
+        got = results_of(function, tensors, slopes, incoming, document_ids=again)
+        right = results_of(function, tensors, slopes, incoming, document_ids=again.cumsum(1) + again * 99)
+        split = results_of(function, tensors, slopes, incoming, document_ids=torch.arange(9)[None] // 3)
+        assert all(torch.equal(a, b) for a, b in zip(got, split, strict=True))
+        assert not torch.equal(got[0], right[0])
+
+
+def test_the_future_and_other_documents_are_not_seen():
+    tensors, slopes, _, _ = make_problem((1, 2, 40, 4), torch.float32)
+    ids = torch.arange(40)[None] // 20
+    before = alibi_attention(*tensors, slopes, document_ids=ids)
+    changed = [tensor.clone() for tensor in tensors]
+    for tensor in changed:
+        tensor[:, :, :20] += 100
+        tensor[:, :, 31:] -= 100
+    after = alibi_attention(*changed, slopes, document_ids=ids)
+    assert torch.equal(before[:, :, 20:31], after[:, :, 20:31])
+
+
+@pytest.mark.parametrize("heads", [*range(1, 34), 48, 64, 71, 112, 128])
+def test_slopes_and_biases_are_those_of_transformers(heads):
+    assert torch.equal(alibi_slopes(heads), modeling_bloom._get_alibi_slopes(heads, torch.device("cpu")))
+    mask = torch.ones(2, 300, dtype=torch.int64)
+    for dtype in DTYPES:
+        theirs = modeling_bloom.build_alibi_tensor(mask, heads, dtype).view(2, heads, 300)
+        ours = alibi_bias(alibi_slopes(heads), torch.arange(300)[None], dtype)
+        assert torch.equal(ours.expand(2, -1, -1), theirs)
+
+
+def test_slopes_of_no_head():
+    with pytest.raises(ValueError, match="num_heads: expected at least 1, got 0"):
+        alibi_slopes(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_baseline_is_transformers_attention(dtype):
+    """The yardstick of the error rule is BloomAttention itself, to the bit."""
+    config = BloomConfig(hidden_size=32, n_head=4)
+    module = modeling_bloom.BloomAttention(config, layer_idx=0).to(dtype).eval()
+    torch.nn.init.eye_(module.dense.weight)
+    torch.nn.init.zeros_(module.dense.bias)
+    hidden = torch.randn(2, 50, 32).to(dtype)
+    alibi = modeling_bloom.build_alibi_tensor(torch.ones(2, 50, dtype=torch.int64), 4, dtype)
+    mask = torch.full((50, 50), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None]
+    with torch.no_grad():
+        theirs, _ = module(hidden, torch.zeros_like(hidden), alibi, mask)
+        parts = module.query_key_value(hidden).view(2, 50, 4, 3, 8).unbind(3)
+        ours = baselines.eager(*(part.transpose(1, 2) for part in parts), alibi_slopes(4))
+    assert torch.equal(ours.transpose(1, 2).flatten(2), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_bias_is_rounded_to_the_dtype_and_the_scores_are_not(dtype):
+    tensors, slopes, _, _ = make_problem((1, 16, 600, 16), dtype)
+    out = alibi_attention(*tensors, slopes)
+    wide = [tensor.double() for tensor in tensors]
+    eps = torch.finfo(dtype).eps
+    rounded = alibi_attention_reference(*wide, slopes, bias_dtype=dtype)
+    assert relative_error(out, rounded) < eps / 2
+    unrounded = alibi_attention_reference(*wide, slopes, bias_dtype=torch.float32)
+    assert relative_error(out, unrounded) > 3 * eps
+    assert relative_error(baselines.eager(*tensors, slopes), rounded) > 3 * eps
+
+
+BASELINES = [baselines.sdpa_with_bias, baselines.sdpa_with_extra_dimension, baselines.sdpa_by_block]
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_compute_the_same(baseline):
+    tensors, slopes, _, incoming = make_problem((2, 4, 70, 16), torch.float32)
+    for got, right in zip(
+        results_of(baseline, tensors, slopes, incoming),
+        results_of(alibi_attention, tensors, slopes, incoming),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that a result of any operation had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_memory_is_linear_in_the_length():
+    largest = []
+    for length in (1000, 4000):
+        tensors, slopes, _, incoming = make_problem((1, 2, length, 4), torch.float32)
+        with LargestTensor() as seen:
+            aten.forward(*tensors, slopes, None)
+            aten.backward(incoming, *tensors, slopes, None)
+        largest.append(seen.elements)
+    assert largest[1] <= max(4 * largest[0], aten.SCORE_BYTES // 4)
+    assert largest[1] < 4000 * 4000 // 10
+
+
+def without_mask(queries, keys, bias, start, stop, scratch):
+    keys[:, :stop, -1] = bias[:, :stop]
+    return torch.softmax(queries[:, start:stop] @ keys[:, :stop].mT, dim=-1)
+
+
+MUTATIONS = {
+    "no mask": ("_softmax", without_mask),
+    "no bias": ("alibi_bias", lambda slopes, positions, dtype: alibi_bias(slopes, positions * 0, dtype)),
+    "no documents": ("document_spans", lambda ids, batch, length: [[0, length]] * batch),
+    "bias from the end": ("alibi_bias", lambda slopes, at, dtype: alibi_bias(slopes, at.max() - at, dtype)),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_attention_is_caught(mutation, monkeypatch):
+    monkeypatch.setattr(aten, *MUTATIONS[mutation])
+    tensors, slopes, ids, incoming = make_problem((1, 4, 400, 16), torch.bfloat16, documents=0.004)
+    results = results_of(alibi_attention, tensors, slopes, incoming, document_ids=ids)
+    assert failures(results, tensors, slopes, ids, incoming) != []

@@ -1,0 +1,177 @@
+"""alibi_attention among torch's own operators, its FlexAttention form, and its errors."""
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.nn.attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from lorakernels import alibi_attention, alibi_slopes
+from lorakernels.ops.alibi_attention import flex
+from lorakernels.ops.alibi_attention.reference import alibi_attention_reference
+from lorakernels.ops.alibi_attention.slopes import document_starts
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_fresh_compiler():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)
+
+
+def make_problem(length, batch=2, heads=3, width=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(length)
+    fused = torch.randn(batch, length, heads, 3, width, generator=generator).to(dtype).requires_grad_()
+    ids = (torch.rand(batch, length, generator=generator) < 0.05).cumsum(1)
+    return fused, alibi_slopes(heads), ids
+
+
+def attend(fused, slopes, ids):
+    """As a layer uses it: three views of a fused projection in, [B, T, hidden] out."""
+    query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))
+    return alibi_attention(query, key, value, slopes, document_ids=ids).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype, documents):
+    fused, slopes, ids = make_problem(9, dtype=dtype)
+    tensors = [part.detach().transpose(1, 2).requires_grad_() for part in fused.unbind(3)]
+    ids = ids if documents else None
+    opcheck(torch.ops.lorakernels.alibi_attention.default, (*tensors, slopes, ids))
+    tensors = [tensor.detach() for tensor in tensors]
+    incoming = torch.randn_like(tensors[0])
+    opcheck(torch.ops.lorakernels.alibi_attention_backward.default, (incoming, *tensors, slopes, ids))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_whole_and_once_for_every_length(compiler):
+    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for step, length in enumerate((7, 12, 70, 5)):
+        problem = make_problem(length)
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            got = compiled(*problem)
+        expected = attend(*problem)
+        torch.testing.assert_close(got, expected)
+        incoming = torch.randn_like(got)
+        (got,) = torch.autograd.grad(got, problem[0], incoming)
+        torch.testing.assert_close(got, *torch.autograd.grad(expected, problem[0], incoming))
+    assert counter.frame_count <= 2
+
+
+def test_checkpoint_recomputes_the_same():
+    fused, slopes, ids = make_problem(50)
+    got = checkpoint(attend, fused, slopes, ids, use_reentrant=False)
+    incoming = torch.randn_like(got)
+    (got,) = torch.autograd.grad(got, fused, incoming)
+    assert torch.equal(got, *torch.autograd.grad(attend(fused, slopes, ids), fused, incoming))
+
+
+def test_nothing_is_saved_but_the_inputs():
+    fused, slopes, ids = make_problem(50)
+    query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        alibi_attention(query, key, value, slopes, document_ids=ids)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (fused, slopes, ids)}
+    assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= given
+
+
+def test_the_result_is_stored_for_the_next_layer():
+    fused, slopes, ids = make_problem(20)
+    query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))
+    out = alibi_attention(query, key, value, slopes, document_ids=ids)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_gradients_of_gradients_are_refused():
+    fused, slopes, ids = make_problem(9)
+    out = attend(fused, slopes, ids)
+    (gradient,) = torch.autograd.grad(out.sum(), fused, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 8), (0, 3, 5, 8)], ids=str)
+@pytest.mark.parametrize("documents", [False, True])
+def test_empty(shape, documents):
+    tensors = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    ids = torch.zeros(shape[0], shape[2], dtype=torch.int64) if documents else None
+    out = alibi_attention(*tensors, alibi_slopes(3), document_ids=ids)
+    assert out.shape == shape
+    out.sum().backward()
+    assert tensors[0].grad.shape == shape
+
+
+@pytest.mark.parametrize("length", [5, 128, 300, 700])
+@pytest.mark.parametrize("documents", [0.0, 0.003, 0.02])
+def test_flex_blocks_are_those_of_torch(length, documents):
+    """The numbers of partly and wholly visible blocks, against torch's own way over a [T, T] mask."""
+    ids = (torch.rand(2, length, generator=torch.Generator().manual_seed(0)) < documents).cumsum(1)
+    ours = flex.causal_blocks(document_starts(ids))
+
+    def allowed(b, h, q, k):
+        return (k <= q) & (ids[b, q] == ids[b, k])
+
+    theirs = flex_attention.create_block_mask(allowed, 2, 1, length, length, device="cpu")
+    assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
+    assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_computes_the_same(dtype, documents, monkeypatch):
+    """Its bias and mask, forward and backward; the kernels around them exist only on CUDA."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    fused, slopes, ids = make_problem(300, dtype=dtype)
+    ids = ids if documents else None
+    parts = [part.transpose(1, 2) for part in fused.unbind(3)]
+    out = flex.masked_attention(*parts, slopes, ids)
+    wide = [part.detach().double().requires_grad_() for part in parts]
+    exact = alibi_attention_reference(*wide, slopes, ids, bias_dtype=dtype)
+    incoming = torch.randn_like(out)
+    results = [out, *torch.autograd.grad(out, parts, incoming)]
+    expected = [exact, *torch.autograd.grad(exact, wide, incoming.double())]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, right in zip(results, expected, strict=True):
+        assert (got.double() - right).norm() <= tolerance * right.norm()
+
+
+def test_flex_is_one_graph_for_every_length():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex.masked_attention, fullgraph=True, backend=counter)
+    for length in (130, 300, 700, 1000):
+        fused, slopes, ids = make_problem(length)
+        parts = [part.detach().transpose(1, 2) for part in fused.unbind(3)]
+        got = compiled(*parts, slopes, ids)
+        torch.testing.assert_close(
+            got, alibi_attention(*parts, slopes, document_ids=ids), rtol=1e-3, atol=1e-4
+        )
+    assert counter.frame_count <= 2
+
+
+ERRORS = {
+    "query": (ValueError, r"query: .*D >= 1, got \[3, 9, 8\]", {"query": torch.zeros(3, 9, 8)}),
+    "key": (ValueError, r"key: .*\[2, 3, 9, 8\], got \[2, 3, 8, 8\]", {"key": torch.zeros(2, 3, 8, 8)}),
+    "value": (TypeError, "value: .*got torch.float16", {"value": torch.zeros(2, 3, 9, 8).half()}),
+    "slopes": (ValueError, r"slopes: .*\[3\], got \[4\]", {"slopes": torch.zeros(4)}),
+    "integer slopes": (TypeError, "slopes: expected a floating", {"slopes": torch.zeros(3).long()}),
+    "trained slopes": (ValueError, "slopes: .*constant", {"slopes": torch.zeros(3, requires_grad=True)}),
+    "ids": (ValueError, r"document_ids: .*\[2, 9\], got \[9\]", {"document_ids": torch.zeros(9).long()}),
+    "float ids": (TypeError, "document_ids: expected integers", {"document_ids": torch.zeros(2, 9)}),
+    "device": (ValueError, "slopes: expected query's device cpu", {"slopes": torch.zeros(3, device="meta")}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument(name):
+    error, message, changed = ERRORS[name]
+    query, key, value = (torch.zeros(2, 3, 9, 8) for _ in range(3))
+    arguments = {"query": query, "key": key, "value": value, "slopes": alibi_slopes(3)} | changed
+    with pytest.raises(error, match=message):
+        alibi_attention(**arguments)

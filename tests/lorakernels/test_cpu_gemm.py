@@ -1,0 +1,93 @@
+"""frozen_linear against float64, in both precisions; the measurement that chooses between them."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from lorakernels import cpu_gemm
+from lorakernels.ops.lora_linear.check import error_bound, relative_error
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def results_of(function, x, weight, bias, incoming):
+    x = x.detach().requires_grad_()
+    y = function(x, weight, bias)
+    return [y.detach(), *torch.autograd.grad(y, x, incoming)]
+
+
+@settings(
+    max_examples=40, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(
+    leading=st.lists(st.integers(0, 9), max_size=3), n=st.integers(1, 90), k=st.integers(1, 90),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    bias=st.booleans(), widens=st.booleans(), block=st.integers(1, 20_000), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_against_float64(leading, n, k, dtype, bias, widens, block, seed, monkeypatch):
+    monkeypatch.setattr(cpu_gemm, "BLOCK_BYTES", block)
+    monkeypatch.setattr(cpu_gemm, "_widens", dict.fromkeys([torch.bfloat16, torch.float16], widens))
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, offset, incoming = (
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ([*leading, k], [n, k], [n], [*leading, n])
+    )
+    offset = offset if bias else None
+    results = results_of(cpu_gemm.frozen_linear, x, weight, offset, incoming)
+    plain = results_of(torch.nn.functional.linear, x, weight, offset, incoming)
+    wide = (t if t is None else t.double() for t in (x, weight, offset, incoming))
+    exact = results_of(torch.nn.functional.linear, *wide)
+    for got, yardstick, right in zip(results, plain, exact, strict=True):
+        assert got.dtype == dtype
+        bound = error_bound(relative_error(yardstick, right), dtype, right.numel())
+        assert relative_error(got, right) <= bound
+
+
+def test_opcheck():
+    x = torch.randn(2, 3, 8).bfloat16().requires_grad_()
+    weight, bias = torch.randn(5, 8).bfloat16(), torch.randn(5).bfloat16()
+    opcheck(torch.ops.lorakernels.frozen_linear.default, (x, weight, bias))
+    opcheck(torch.ops.lorakernels.frozen_linear_backward.default, (torch.randn(2, 3, 5).bfloat16(), weight))
+
+
+def test_only_the_weight_is_saved():
+    x, weight = torch.randn(3, 8).bfloat16().requires_grad_(), torch.randn(5, 8).bfloat16()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        cpu_gemm.frozen_linear(x, weight)
+    assert [tensor.data_ptr() for tensor in kept] == [weight.data_ptr()]
+
+
+@pytest.mark.parametrize(("times", "expected"), [((1.0, 2.0), True), ((1.4, 1.0), True), ((1.6, 1.0), False)])
+def test_16_bits_must_win_clearly_and_are_measured_once(times, expected, monkeypatch):
+    measured = []
+    monkeypatch.setattr(cpu_gemm, "_times", lambda dtype: measured.append(dtype) or times)
+    monkeypatch.setattr(cpu_gemm, "_widens", {})
+    assert [cpu_gemm.widens(torch.bfloat16) for _ in range(3)] == [expected] * 3
+    assert not cpu_gemm.widens(torch.float32)
+    assert measured == [torch.bfloat16]
+
+
+def test_the_probe_measures():
+    assert all(seconds > 0 for seconds in cpu_gemm._times(torch.bfloat16))
+
+
+def test_errors_name_the_argument():
+    x, weight = torch.zeros(3, 8), torch.zeros(5, 8)
+    with pytest.raises(ValueError, match=r"weight: .*\[3, 8\], got \[5, 7\]"):
+        cpu_gemm.frozen_linear(x, torch.zeros(5, 7))
+    with pytest.raises(ValueError, match=r"bias: expected shape \[5\], got \[4\]"):
+        cpu_gemm.frozen_linear(x, weight, torch.zeros(4))
+    with pytest.raises(ValueError, match="weight: expected a frozen tensor"):
+        cpu_gemm.frozen_linear(x, weight.requires_grad_())
+    with pytest.raises(TypeError, match=r"weight: expected x's dtype torch\.float32, got torch\.float16"):
+        cpu_gemm.frozen_linear(x, torch.zeros(5, 8).half())
