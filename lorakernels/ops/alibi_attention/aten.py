@@ -6,9 +6,11 @@ saved but references to query, key and value. The bias rides in the score produc
 keys, and is measured from the block's last key, which leaves the softmax as it is and the scores small:
 float32 would lose digits of a score beside a bias of hundreds. 16-bit inputs are computed in float32.
 
-Chosen by measurement at 16 heads, T = 1024, D = 64: ATen's own blocked kernel (a bias broadcast over the
-queries and a causal flag) is as fast, but saves its result and loses digits of the gradients in its
-log-sum-exp; with an explicit [T, T] bias, or with the bias as an extra head dimension, it is slower.
+Measured at 16 heads, T = 1024, D = 64 against an explicit [T, T] bias and the bias as an extra head
+dimension of torch's own attention, it is faster. ATen's blocked kernel by itself (a bias broadcast over the
+queries and a causal flag) takes a tenth less time in float32, but saves its result for the backward pass
+and loses digits of the gradients to its log-sum-exp, beyond what the plain expression loses; in bfloat16 it
+is slower.
 """
 
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import torch
 
 from lorakernels.ops.alibi_attention.slopes import alibi_bias, document_starts
 
-QUERIES = 64
+QUERIES = 128
 # of scores for each thread: what the second-level cache of a core holds beside the operands
 SCORE_BYTES = 2**20
 
@@ -47,14 +49,18 @@ def forward(
 ) -> torch.Tensor:
     """The attention's result [B, heads, T, D], stored as [B, T, heads, D]."""
     out = empty_token_major(query)
-    for part, bias in _parts(query, slopes, document_ids):
+    bias = _bias(query, slopes)
+    for part in _documents(query, document_ids):
         queries, keys = _with_column(query[part]).mul_(query.shape[-1] ** -0.5), _with_column(key[part])
         queries[..., -1] = 1
-        values = _compute(value[part])  # [h, n, D]
-        scores = _scratch(bias)
-        for start, stop in _blocks(bias.shape[1]):
-            weights = _softmax(queries, keys, bias, start, stop, scores)  # [h, q, stop]
-            out[part][:, start:stop] = weights @ values[:, :stop]
+        values = _compute(value[part])  # [heads, n, D]
+        result = torch.empty_like(values)
+        for heads in _groups(values):
+            scores = _scratch(values[heads])
+            for start, stop in _blocks(values.shape[1]):
+                weights = _softmax(queries[heads], keys[heads], bias[heads], start, stop, scores)
+                result[heads, start:stop] = weights @ values[heads, :stop]
+        out[part] = result
     return out
 
 
@@ -72,43 +78,44 @@ def backward(
     dQ = dS K / sqrt(D), dK = dSᵀ Q / sqrt(D).
     """
     gradients = tuple(empty_token_major(query) for _ in range(3))
+    bias = _bias(query, slopes)
     scale = query.shape[-1] ** -0.5
-    for part, bias in _parts(query, slopes, document_ids):
-        queries, keys = _with_column(query[part]).mul_(scale), _with_column(key[part])  # [h, n, D + 1]
+    for part in _documents(query, document_ids):
+        queries, keys = _with_column(query[part]).mul_(scale), _with_column(key[part])  # [heads, n, D + 1]
         queries[..., -1] = 1
-        values, incoming = _compute(value[part]), _compute(out_gradient[part])  # [h, n, D]
-        dq, dk, dv = gradients[0][part], torch.zeros_like(values), torch.zeros_like(values)
-        scores, score_gradients = _scratch(bias), _scratch(bias)
-        for start, stop in _blocks(bias.shape[1]):
-            weights = _softmax(queries, keys, bias, start, stop, scores)  # [h, q, stop]
-            do = incoming[:, start:stop]  # [h, q, D]
-            dv[:, :stop] += weights.mT @ do
-            ds = score_gradients[: weights.numel()].view(weights.shape)
-            torch.bmm(do, values[:, :stop].mT, out=ds)
-            torch.ops.aten._softmax_backward_data.out(ds, weights, -1, ds.dtype, grad_input=ds)
-            dk[:, :stop] += ds.mT @ queries[:, start:stop, :-1]
-            dq[:, start:stop] = (ds @ keys[:, :stop, :-1]).mul_(scale)
-        gradients[1][part], gradients[2][part] = dk, dv
+        values, incoming = _compute(value[part]), _compute(out_gradient[part])  # [heads, n, D]
+        dq, dk, dv = torch.empty_like(values), torch.zeros_like(values), torch.zeros_like(values)
+        for heads in _groups(values):
+            scores, score_gradients = _scratch(values[heads]), _scratch(values[heads])
+            for start, stop in _blocks(values.shape[1]):
+                weights = _softmax(queries[heads], keys[heads], bias[heads], start, stop, scores)
+                do = incoming[heads, start:stop]  # [h, q, D]
+                dv[heads, :stop] += weights.mT @ do
+                ds = score_gradients[: weights.numel()].view(weights.shape)
+                torch.bmm(do, values[heads, :stop].mT, out=ds)
+                torch.ops.aten._softmax_backward_data.out(ds, weights, -1, ds.dtype, grad_input=ds)
+                dk[heads, :stop] += ds.mT @ queries[heads, start:stop, :-1]
+                dq[heads, start:stop] = ds @ keys[heads, :stop, :-1]
+        for gradient, result in zip(gradients, (dq.mul_(scale), dk, dv), strict=True):
+            gradient[part] = result
     return gradients
 
 
-def _parts(
-    query: torch.Tensor, slopes: torch.Tensor, document_ids: torch.Tensor | None
-) -> Iterator[tuple[tuple[int, slice, slice], torch.Tensor]]:
-    """Yield the index into [B, heads, T, ...] of each document's heads, a cacheful at a time, and their
-    bias [h, n]."""
-    batch, heads, length, _ = query.shape
-    dtype = _compute_dtype(query.dtype)
-    elements = SCORE_BYTES // dtype.itemsize * torch.get_num_threads()
-    positions = torch.arange(length, device=query.device)[None]
-    bias = alibi_bias(slopes, positions, query.dtype)[0].to(dtype)
+def _documents(query: torch.Tensor, document_ids: torch.Tensor | None) -> Iterator[tuple[int, slice, slice]]:
+    """Yield the index of each document into [B, heads, T, ...]."""
+    batch, _, length, _ = query.shape
     for row, spans in enumerate(document_spans(document_ids, batch, length)):
         for start, stop in pairwise(spans):
-            tokens = stop - start
-            group = max(1, elements // max(1, min(QUERIES, tokens) * tokens))
-            for head in range(0, heads, group):
-                chosen = slice(head, min(head + group, heads))
-                yield (row, chosen, slice(start, stop)), bias[chosen, :tokens]
+            yield row, slice(None), slice(start, stop)
+
+
+def _groups(values: torch.Tensor) -> Iterator[slice]:
+    """Yield as many heads of values [heads, n, D] at a time as keep the scores of a block in cache."""
+    heads, tokens, _ = values.shape
+    elements = SCORE_BYTES // values.element_size() * torch.get_num_threads()
+    group = max(1, elements // max(1, min(QUERIES, tokens) * tokens))
+    for head in range(0, heads, group):
+        yield slice(head, min(head + group, heads))
 
 
 def _blocks(tokens: int) -> Iterator[tuple[int, int]]:
@@ -132,10 +139,16 @@ def _with_column(tensor: torch.Tensor) -> torch.Tensor:
     return wide
 
 
-def _scratch(bias: torch.Tensor) -> torch.Tensor:
+def _bias(query: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+    """The bias of every position that a document can have: [heads, T], rounded to query's dtype."""
+    positions = torch.arange(query.shape[2], device=query.device)[None]
+    return alibi_bias(slopes, positions, query.dtype)[0].to(_compute_dtype(query.dtype))
+
+
+def _scratch(values: torch.Tensor) -> torch.Tensor:
     """Room for the scores of one block of queries against every key."""
-    heads, tokens = bias.shape
-    return torch.empty(heads * min(QUERIES, tokens) * tokens, dtype=bias.dtype, device=bias.device)
+    heads, tokens, _ = values.shape
+    return torch.empty(heads * min(QUERIES, tokens) * tokens, dtype=values.dtype, device=values.device)
 
 
 def _softmax(
@@ -146,8 +159,7 @@ def _softmax(
     stop: int,
     scratch: torch.Tensor,
 ) -> torch.Tensor:
-    """The attention weights [h, stop - start, stop] of queries start..stop, in scratch; overwrites keys'
-    last column."""
+    """The weights [h, q, stop] of queries start..stop, in scratch; overwrites keys' last column."""
     torch.sub(bias[:, :stop], bias[:, stop - 1 : stop], out=keys[:, :stop, -1])
     shape = (len(bias), stop - start, stop)
     scores = scratch[: shape[0] * shape[1] * shape[2]].view(shape)
