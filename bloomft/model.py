@@ -5,8 +5,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
+from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, PreTrainedTokenizerFast
 
 from bloomft.config import ModelConfig, TransformerConfig
@@ -57,13 +59,12 @@ def load_base(config: TransformerConfig) -> Base:
             key = "model.transformer.pretrained_model_name_or_path"
             raise UserError(f"{location}: no such folder; {key} names a hub model or a local folder")
     try:
-        model_config = AutoConfig.from_pretrained(location, **options)
-        if model_config.model_type != "bloom":
-            raise UserError(
-                f"{name}: a {model_config.model_type} model; this program fine-tunes BLOOM models only"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        model = BloomForCausalLM.from_pretrained(location, dtype="auto", **options)
+        with Console(stderr=True).status(f"loading {name}"):
+            kind = AutoConfig.from_pretrained(location, **options).model_type
+            if kind != "bloom":
+                raise UserError(f"{name}: a {kind} model; this program fine-tunes BLOOM models only")
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            model = BloomForCausalLM.from_pretrained(location, dtype="auto", **options)
     except (OSError, ValueError) as error:
         raise UserError(_not_loaded(name, error)) from error
     if not tokenizer.is_fast:
@@ -113,6 +114,7 @@ def fingerprint(model: BloomForCausalLM, samples: int = 1024) -> str:
 def quiet_transformers() -> None:
     """Keep transformers' progress bars and advice out of a command's own output."""
     transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
