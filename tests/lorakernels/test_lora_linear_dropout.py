@@ -18,7 +18,7 @@ def mask_kernel(mask_ptr, seed_ptr, n_rows, n_columns, dropout_p, BLOCK: tl.cons
     first_column = tl.program_id(1) * BLOCK
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     columns = first_column + tl.arange(0, BLOCK)
-    keep = dropout_keep(seed_ptr, rows, first_column, n_columns, dropout_p, BLOCK, BLOCK)
+    keep = dropout_keep(seed_ptr, rows, first_column, dropout_p, BLOCK, BLOCK)
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     tl.store(mask_ptr + rows[:, None] * n_columns + columns[None, :], keep.to(tl.int8), mask=inside)
 

@@ -19,13 +19,14 @@ def candidates(x: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
     """What may compute a problem on x's device under backend="auto", the baseline first."""
     if x.device.type != "cuda":
         return (ATEN, ATEN_WIDE) if x.dtype.itemsize == 2 else (ATEN,)
-    tiles = triton_implementations(x) if x.dtype != torch.float64 and _has_triton() else ()
+    usable = x.dtype != torch.float64 and _has_triton()
+    tiles = triton_implementations(x, dropout_p) if usable else ()
     # with dropout the ATen mask costs a wait for the device, and forward and backward must share one kind of
     # mask
     return tiles if dropout_p and tiles else (ATEN, *tiles)
 
 
-def triton_implementations(x: Tensor) -> tuple[Implementation, ...]:
+def triton_implementations(x: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
     """The Triton implementation in every shipped tile that fits x's device."""
     # imported here: a CPU user need not have Triton
     from lorakernels.ops.lora_linear import triton
@@ -34,7 +35,7 @@ def triton_implementations(x: Tensor) -> tuple[Implementation, ...]:
         tiles = (triton.default_tile(x.dtype),)
     else:
         limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-        tiles = triton.shipped_tiles(x.dtype, limit)
+        tiles = triton.shipped_tiles(x.dtype, limit, dropout_p > 0)
     return tuple(_in_tile(tile) for tile in tiles)
 
 
@@ -57,7 +58,7 @@ def select(
     # an empty sum or result needs no kernel, and GPU grids cannot be empty
     if x.numel() == 0 or weight.numel() == 0:
         return ATEN if backend != "reference" else REFERENCE
-    chosen = candidates(x, dropout_p) if backend == "auto" else _named(x, backend)
+    chosen = candidates(x, dropout_p) if backend == "auto" else _named(x, dropout_p, backend)
     if len(chosen) == 1:
         return chosen[0]
     rank = lora_a.shape[0]
@@ -110,7 +111,7 @@ def _in_tile(tile) -> Implementation:
     return Implementation(f"triton:{tile}", forward, functools.partial(triton.backward, tile=tile))
 
 
-def _named(x: Tensor, backend: str) -> tuple[Implementation, ...]:
+def _named(x: Tensor, dropout_p: float, backend: str) -> tuple[Implementation, ...]:
     """The implementations of that name, or of that name before the colon."""
     family = backend.split(":")[0]
     if family == "triton":
@@ -118,7 +119,7 @@ def _named(x: Tensor, backend: str) -> tuple[Implementation, ...]:
             raise ValueError("backend: 'triton' computes in at most float32, got x in float64")
         if x.device.type == "cpu" and not _interpreting():
             raise ValueError("backend: 'triton' on CPU tensors needs TRITON_INTERPRET=1 and Triton installed")
-        offered = triton_implementations(x)
+        offered = triton_implementations(x, dropout_p)
     else:
         offered = (REFERENCE, ATEN, ATEN_WIDE)
     named = tuple(one for one in offered if backend in (one.name, one.name.split(":")[0]))

@@ -10,14 +10,12 @@ UNPACKED, PACKED_LEFT, PACKED_RIGHT = tl.constexpr(0), tl.constexpr(1), tl.const
 
 
 @triton.jit
-def dropout_keep(
-    seed_ptr, rows, first_column, columns, dropout_p, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
-):
+def dropout_keep(seed_ptr, rows, first_column, dropout_p, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
     """Keep mask [BLOCK_M, BLOCK] of the columns from first_column (a multiple of 4) on, rows in int64."""
     groups = first_column // 4 + tl.arange(0, BLOCK // 4)
-    counter = rows[:, None] * tl.cdiv(columns, 4) + groups[None, :]
+    low, high = rows.to(tl.int32)[:, None], (rows >> 32).to(tl.int32)[:, None]
     # four columns a counter: one Philox call yields four words
-    a, b, c, d = tl.randint4x(tl.load(seed_ptr), counter, PHILOX_ROUNDS)
+    a, b, c, d = tl.philox(tl.load(seed_ptr), groups[None, :], low, high, tl.zeros_like(low), PHILOX_ROUNDS)
     words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK_M, BLOCK])
     return (words >> 8).to(tl.float32) * (1.0 / 16777216.0) >= dropout_p
 
@@ -93,7 +91,7 @@ def lora_linear_shrink_kernel(
             other=0.0,
         )  # [BLOCK_K, BLOCK_R]
         if DROPOUT:
-            keep = dropout_keep(seed_ptr, first_row.to(tl.int64) + rows, k, K, dropout_p, BLOCK_M, BLOCK_K)
+            keep = dropout_keep(seed_ptr, first_row.to(tl.int64) + rows, k, dropout_p, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         if SPLIT:
             high, mid, low = split_factor(factor, x.dtype, SHIFT)
@@ -237,9 +235,7 @@ def lora_linear_forward_kernel(
                 other=0.0,
             )  # [BLOCK_K, BLOCK_N]
             acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        keep = dropout_keep(
-            seed_ptr, first_row.to(tl.int64) + rows, first_col, N, dropout_p, BLOCK_M, BLOCK_N
-        )
+        keep = dropout_keep(seed_ptr, first_row.to(tl.int64) + rows, first_col, dropout_p, BLOCK_M, BLOCK_N)
         acc = tl.where(keep, acc, 0.0)
         trips = trips_k
     for trip in range(trips):
@@ -416,9 +412,7 @@ def lora_linear_backward_a_kernel(
             other=0.0,
         )  # [BLOCK_M, BLOCK_R]
         if DROPOUT:
-            keep = dropout_keep(
-                seed_ptr, tl.cast(m, tl.int64) + rows, first_col, K, dropout_p, BLOCK_M, BLOCK_K
-            )
+            keep = dropout_keep(seed_ptr, tl.cast(m, tl.int64) + rows, first_col, dropout_p, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         x_t = tl.trans(x)
         if SPLIT:

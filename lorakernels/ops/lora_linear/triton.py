@@ -73,10 +73,14 @@ PROGRAMS = 256
 RANK_BLOCK = 64
 
 
-def shipped_tiles(dtype: torch.dtype, shared_limit: int) -> tuple[Tile, ...]:
-    """The GEMM tiles for operands of dtype that fit into shared_limit bytes of shared memory."""
+def shipped_tiles(dtype: torch.dtype, shared_limit: int, dropout: bool = False) -> tuple[Tile, ...]:
+    """The GEMM tiles for operands of dtype that fit into shared_limit bytes of shared memory.
+
+    With dropout those alone whose sums leave registers for the mask: 64 a thread.
+    """
     size = dtype.itemsize
-    return tuple(tile for tile in TILES[size] if tile.shared_bytes(size) <= shared_limit)
+    fitting = (tile for tile in TILES[size] if tile.shared_bytes(size) <= shared_limit)
+    return tuple(one for one in fitting if not dropout or one.block_m * one.block_n <= 2048 * one.num_warps)
 
 
 def forward(
@@ -153,7 +157,7 @@ def _shrink(x: Tensor, factor: Tensor, dropout_p: float, seed: Tensor) -> Tensor
         dropout_p,
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
         SPLIT=x.dtype != factor.dtype, SHIFT=_shift(x),
-        PRECISION=precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION=precision(x), num_warps=_warps(block_r), num_stages=tile.num_stages,
     )  # fmt: skip
     return partial
 
@@ -174,7 +178,7 @@ def _one_pass(dy: Tensor, factor: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         ds.stride(0), ds.stride(1), db.stride(0), db.stride(1),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
         SPLIT_FACTOR=dy.dtype != factor.dtype, SPLIT_S=dy.dtype != s.dtype, SHIFT=_shift(dy),
-        PRECISION=precision(dy), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION=precision(dy), num_warps=_warps(block_r), num_stages=tile.num_stages,
     )  # fmt: skip
     return ds, db
 
@@ -194,7 +198,7 @@ def _sum_over_rows(x: Tensor, ds: Tensor, dropout_p: float, seed: Tensor) -> Ten
         dropout_p,
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
         SPLIT=x.dtype != ds.dtype, SHIFT=_shift(x),
-        PRECISION=precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION=precision(x), num_warps=_warps(block_r), num_stages=tile.num_stages,
     )  # fmt: skip
     return partial
 
@@ -311,6 +315,11 @@ def _rank_blocks(rank: int) -> tuple[int, int]:
     """Block of ranks that a program handles, a power of two from 16 on, and the rank padded to blocks."""
     block = min(RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
     return block, triton.cdiv(rank, block) * block
+
+
+def _warps(block_r: int) -> int:
+    """Warps of a thin kernel: the sums of a wide block of ranks spread over twice the registers."""
+    return 8 if block_r > 32 else 4
 
 
 def _split(length: int, block: int, programs: int) -> tuple[int, int]:

@@ -1,0 +1,100 @@
+"""python -m lorakernels.aot [--arch sm_80 sm_90 gfx942 ...] [--dtype bf16 ...] [--all] [--jobs N] [--json
+FILE]
+
+Without arguments: the part for continuous integration, every shipped tile of sm_80, sm_90 and gfx942 in bf16.
+Exits with 1 where a kernel does not compile, spills, or breaks a limit of its chip.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+
+CI_ARCHS, CI_DTYPES = ("sm_80", "sm_90", "gfx942"), ("bf16+fp32",)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table of resources and the roofline; 1 where something must not ship, else 0."""
+    # set before Triton is imported: an interpreted kernel has nothing to compile
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    from lorakernels.aot import roofline
+    from lorakernels.aot.chips import CHIPS
+    from lorakernels.aot.compilation import Record
+    from lorakernels.aot.launches import DTYPES
+
+    options = _parse(arguments, list(CHIPS), list(DTYPES))
+    records = []
+    for found in _compile_all(options.arch, options.dtype, options.jobs):
+        records += [Record(**one) for one in found]
+    records = sorted(set(records), key=lambda one: (one.arch, one.dtype, one.kernel, one.role, one.tile))
+    print(_table(records))
+    for arch in options.arch:
+        print(f"\n{roofline.table(CHIPS[arch])}")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump([vars(one) for one in records], file, indent=1)
+    broken = [one for one in records if one.broken]
+    for one in broken:
+        print(
+            f"BROKEN {one.arch} {one.dtype} {one.kernel} {one.role} {one.tile}: {one.broken}", file=sys.stderr
+        )
+    print(f"\n{len(records)} kernels, {len(broken)} broken")
+    return 1 if broken else 0
+
+
+def _parse(arguments: list[str] | None, archs: list[str], dtypes: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lorakernels.aot", description="Compile without a GPU.")
+    parser.add_argument("--arch", nargs="+", choices=archs, help=f"targets (default: {' '.join(CI_ARCHS)})")
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, help="dtype of x, + that of wider adapters")
+    parser.add_argument("--all", action="store_true", help="every target and dtype")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--json", metavar="FILE", help="write the records as a JSON list")
+    options = parser.parse_args(arguments)
+    options.arch = options.arch or (archs if options.all else list(CI_ARCHS))
+    options.dtype = options.dtype or (dtypes if options.all else list(CI_DTYPES))
+    return options
+
+
+def _compile_all(archs: list[str], dtypes: list[str], jobs: int) -> Iterator[list[dict]]:
+    from lorakernels.aot.chips import CHIPS
+    from lorakernels.aot.compilation import compile_launch
+    from lorakernels.aot.launches import launches
+
+    work = [
+        (arch, dtype, index)
+        for arch in archs
+        for dtype in dtypes
+        # gfx950 and its elder sibling have no tf32 in their matrix units that Triton would use
+        if CHIPS[arch].nvidia or dtype != "tf32"
+        for index in range(len(list(launches(CHIPS[arch], dtype))))
+    ]
+    if jobs <= 1:
+        yield from map(compile_launch, work)
+        return
+    # spawn: a forked copy of torch's threads may hang
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for done, found in enumerate(pool.imap_unordered(compile_launch, work), 1):
+            if sys.stderr.isatty():
+                print(f"\r{done}/{len(work)} launches", end="", file=sys.stderr, flush=True)
+            yield found
+
+
+def _table(records: list) -> str:
+    lines = [
+        f"{'arch':7} {'dtype':9} {'kernel':38} {'role':27} {'tile':15} "
+        f"{'regs':>4} {'spill':>5} {'shared':>7} {'limit':>7} {'blocks':>6} {'mma':>4} {'copies':>6}"
+    ]
+    for one in records:
+        lines.append(
+            f"{one.arch:7} {one.dtype:9} {one.kernel:38} {one.role:27} {one.tile:15} {one.registers:4d} "
+            f"{one.spill_bytes:5d} {one.shared_bytes:7d} {one.shared_limit:7d} {one.blocks_per_sm:6d} "
+            f"{one.matrix_instructions:4d} {one.async_copies:6d}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Compile a launch for an absent chip; read registers, spills and the main loop off the machine code."""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.driver import DriverBase
+
+from lorakernels.aot.chips import CHIPS, Chip
+from lorakernels.aot.launches import Launch, launches
+
+
+@dataclass(frozen=True)
+class Record:
+    """One compiled kernel. Counts are of instructions in the loop with the most matrix instructions."""
+
+    kernel: str
+    role: str
+    arch: str
+    dtype: str
+    tile: str
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    shared_limit: int = 0
+    threads: int = 0
+    blocks_per_sm: int = 0
+    matrix_instructions: int = 0
+    async_copies: int = 0
+    error: str = ""
+
+    @property
+    def broken(self) -> str:
+        """Why this kernel must not ship; empty where it may."""
+        if self.error:
+            return self.error
+        if self.spill_bytes:
+            return f"spills {self.spill_bytes} bytes"
+        if self.shared_bytes > self.shared_limit:
+            return f"{self.shared_bytes} bytes of shared memory, limit {self.shared_limit}"
+        return "" if self.blocks_per_sm else "not one block fits on a multiprocessor"
+
+
+def compile_launch(work: tuple[str, str, int]) -> list[dict]:
+    """The records, as dicts, of one launch (arch, dtype, index in launches); an error is a record too."""
+    arch, dtype, index = work
+    chip = CHIPS[arch]
+    launch = list(launches(chip, dtype))[index]
+    loaded: list[tuple[str, dict[str, str], str]] = []
+
+    def collect(module, function, name, metadata_group, hash) -> None:
+        loaded.append((name, metadata_group, hash))
+
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    triton.runtime.driver.set_active(_Driver(chip))
+    knobs.runtime.kernel_load_end_hook.add(collect)
+    try:
+        launch.run()
+        return [asdict(_record(chip, dtype, launch, *kernel)) for kernel in loaded]
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+        return [asdict(Record("?", launch.role, arch, dtype, launch.tile, error=text))]
+    finally:
+        knobs.runtime.kernel_load_end_hook.remove(collect)
+
+
+class _Utilities:
+    def load_binary(self, name, binary, shared, device):
+        return object(), None, 0, 0, 1 << 16
+
+    def unload_module(self, module) -> None:
+        pass
+
+    def get_device_properties(self, device) -> dict:
+        # the limit is checked afterwards, so that a broken one is reported with the rest
+        return {"max_shared_mem": 1 << 30}
+
+
+class _Driver(DriverBase):
+    """Stands for a GPU of the chip's kind: Triton compiles for it and believes that it launches."""
+
+    def __init__(self, chip: Chip) -> None:
+        self.chip, self.utils = chip, _Utilities()
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self):
+        return self.chip.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_benchmarker(self):
+        raise NotImplementedError("nothing can be timed without a GPU")
+
+    def get_current_device(self) -> str:
+        # Triton keeps one cache of compiled kernels a device
+        return self.chip.arch
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: None
+
+
+def _record(chip: Chip, dtype: str, launch: Launch, name: str, files: dict[str, str], key: str) -> Record:
+    metadata = json.loads(Path(files[f"{name}.json"]).read_text())
+    threads = metadata["num_warps"] * chip.target.warp_size
+    measured = _cached(key, lambda: (_nvidia if chip.nvidia else _amd)(name, files))
+    return Record(
+        kernel=name,
+        role=launch.role,
+        arch=chip.arch,
+        dtype=dtype,
+        tile=launch.tile,
+        shared_bytes=metadata["shared"],
+        shared_limit=chip.shared_limit,
+        threads=threads,
+        blocks_per_sm=chip.blocks_per_sm(measured["registers"], metadata["shared"], threads),
+        **measured,
+    )
+
+
+def _cached(key: str, measure) -> dict[str, int]:
+    """measure(), remembered beside Triton's own cache under the kernel's hash."""
+    path = Path(knobs.cache.dir) / "lorakernels-aot" / f"{key}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        pass
+    measured = measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        json.dump(measured, file)
+    os.replace(temporary, path)
+    return measured
+
+
+def _nvidia(name: str, files: dict[str, str]) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def dump(option: str) -> str:
+        command = [str(tool), option, files[f"{name}.cubin"]]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage")).groups()
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", dump("-sass"))]
+    index_of = {at: index for index, (at, _) in enumerate(code)}
+    loops = []
+    for index, (at, text) in enumerate(code):
+        jump = re.search(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < at and int(jump[1], 16) in index_of:
+            loops.append([line for _, line in code[index_of[int(jump[1], 16)] : index + 1]])
+    matrix, copies = _main_loop(loops, r"\b(HGMMA|HMMA|QGMMA|UTC\w*MMA)\b", r"\b(LDGSTS|UTMALDG)\b")
+    return {
+        "registers": int(registers),
+        "spill_bytes": int(stack),
+        "matrix_instructions": matrix,
+        "async_copies": copies,
+    }
+
+
+def _amd(name: str, files: dict[str, str]) -> dict[str, int]:
+    lines = Path(files[f"{name}.amdgcn"]).read_text().splitlines()
+    text = "\n".join(lines)
+
+    def number(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s*(\d+)", text)[1])
+
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L\w+):", line))}
+    loops = []
+    for index, line in enumerate(lines):
+        jump = re.search(r"s_c?branch\w*\s+(\.L\w+)", line)
+        if jump and labels.get(jump[1], index) < index:
+            loops.append(lines[labels[jump[1]] : index + 1])
+    matrix, copies = _main_loop(
+        loops, r"\bv_s?mfma", r"\b(global|buffer)_load_lds|\bbuffer_load\S* .*\blds\b"
+    )
+    # a scalar register that moves to a vector one costs no memory: only these two do
+    spilled = max(4 * 64 * number("vgpr_spill_count"), number("private_segment_fixed_size"))
+    return {
+        "registers": number("vgpr_count"),
+        "spill_bytes": spilled,
+        "matrix_instructions": matrix,
+        "async_copies": copies,
+    }
+
+
+def _main_loop(loops: list[list[str]], matrix: str, copy: str) -> tuple[int, int]:
+    """Matrix instructions and async copies of the shortest loop that has the most of the former."""
+    counts = [(sum(bool(re.search(matrix, line)) for line in body), -len(body), body) for body in loops]
+    if not counts:
+        return 0, 0
+    most, _, body = max(counts, key=lambda item: item[:2])
+    return most, sum(bool(re.search(copy, line)) for line in body)
