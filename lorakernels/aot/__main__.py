@@ -1,7 +1,7 @@
-"""python -m lorakernels.aot [--arch sm_80 sm_90 gfx942 ...] [--dtype bf16 ...] [--all] [--jobs N] [--json
-FILE]
+"""python -m lorakernels.aot [--arch sm_80 sm_90 gfx942 ...] [--dtype bf16 ...] [--all] [--json FILE]
 
-Without arguments: the part for continuous integration, every shipped tile of sm_80, sm_90 and gfx942 in bf16.
+Without arguments: the part for continuous integration, every shipped tile of sm_80, sm_90 and gfx942 in bf16
+with float32 adapters. Compiled kernels stay in Triton's cache (TRITON_CACHE_DIR), whose key is their source.
 Exits with 1 where a kernel does not compile, spills, or breaks a limit of its chip.
 """
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = _parse(arguments, list(CHIPS), list(DTYPES))
     records = []
-    for found in _compile_all(options.arch, options.dtype, options.jobs):
+    for found in _compile_all(options):
         records += [Record(**one) for one in found]
     records = sorted(set(records), key=lambda one: (one.arch, one.dtype, one.kernel, one.role, one.tile))
     print(_table(records))
@@ -49,7 +49,10 @@ def _parse(arguments: list[str] | None, archs: list[str], dtypes: list[str]) -> 
     parser = argparse.ArgumentParser(prog="python -m lorakernels.aot", description="Compile without a GPU.")
     parser.add_argument("--arch", nargs="+", choices=archs, help=f"targets (default: {' '.join(CI_ARCHS)})")
     parser.add_argument("--dtype", nargs="+", choices=dtypes, help="dtype of x, + that of wider adapters")
-    parser.add_argument("--all", action="store_true", help="every target and dtype")
+    parser.add_argument(
+        "--all", action="store_true", help="every target, dtype and storage order of the weight"
+    )
+    parser.add_argument("--only", metavar="ROLE", default="", help="launches whose role begins like that")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--json", metavar="FILE", help="write the records as a JSON list")
     options = parser.parse_args(arguments)
@@ -58,24 +61,25 @@ def _parse(arguments: list[str] | None, archs: list[str], dtypes: list[str]) -> 
     return options
 
 
-def _compile_all(archs: list[str], dtypes: list[str], jobs: int) -> Iterator[list[dict]]:
+def _compile_all(options: argparse.Namespace) -> Iterator[list[dict]]:
     from lorakernels.aot.chips import CHIPS
     from lorakernels.aot.compilation import compile_launch
     from lorakernels.aot.launches import launches
 
     work = [
         (arch, dtype, index)
-        for arch in archs
-        for dtype in dtypes
-        # gfx950 and its elder sibling have no tf32 in their matrix units that Triton would use
+        for arch in options.arch
+        for dtype in options.dtype
+        # tf32 is NVIDIA's
         if CHIPS[arch].nvidia or dtype != "tf32"
-        for index in range(len(list(launches(CHIPS[arch], dtype))))
+        for index, launch in enumerate(launches(CHIPS[arch], dtype))
+        if launch.role.startswith(options.only) and (options.all or "by columns" not in launch.role)
     ]
-    if jobs <= 1:
+    if options.jobs <= 1:
         yield from map(compile_launch, work)
         return
     # spawn: a forked copy of torch's threads may hang
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for done, found in enumerate(pool.imap_unordered(compile_launch, work), 1):
             if sys.stderr.isatty():
                 print(f"\r{done}/{len(work)} launches", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The measured choice: wrong candidates dropped, 3% asked of a new one, remembered on disk, forced, repeated."""
+"""The measured choice: wrong candidates dropped, 3% asked of a rival, remembered, forced, repeated."""
 
 import functools
 import json
