@@ -4,27 +4,15 @@ A patched model is the same object with other classes: `BloomForCausalLM` become
 subclass, and so on down to the attention; the target layers become `LoRALinear`. No parameter is copied.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPastAndCrossAttentions,
-    CausalLMOutputWithCrossAttentions,
-)
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.bloom.modeling_bloom import (
-    BloomAttention,
-    BloomForCausalLM,
-    BloomModel,
-)
+from transformers import BloomForCausalLM
 
-from lorakernels import LoRALinear, RowParts, alibi_attention, alibi_slopes, linear_cross_entropy
-
-IGNORE_INDEX = -100
+from bloomft.fused_model import FUSED_CLASSES
+from lorakernels import LoRALinear, RowParts
 
 
 def patch_bloom(
@@ -76,7 +64,7 @@ def patch_bloom(
         module.lora_a.requires_grad_(True)
         module.lora_b.requires_grad_(True)
         model.set_submodule(name, module)
-    _swap_classes(model, _FUSED)
+    _swap_classes(model, FUSED_CLASSES)
     return model
 
 
@@ -88,7 +76,7 @@ def unpatch_bloom(model: BloomForCausalLM, merge: bool = False) -> BloomForCausa
     """
     if not is_patched(model):
         raise ValueError("the model is not patched; call patch_bloom(model) first")
-    _swap_classes(model, {fused: plain for plain, fused in _FUSED.items()})
+    _swap_classes(model, _PLAIN_CLASSES)
     for name in model._patch_record.layers:
         layer = model.get_submodule(name)
         plain = layer.merged() if merge else _plain_linear(layer)
@@ -108,13 +96,13 @@ def is_patched(model: nn.Module) -> bool:
 
 def fuse_bloom(model: BloomForCausalLM) -> BloomForCausalLM:
     """The fused parts alone, without adapters or freezing: for training every weight. In place."""
-    _swap_classes(model, _FUSED)
+    _swap_classes(model, FUSED_CLASSES)
     return model
 
 
 def unfuse_bloom(model: BloomForCausalLM) -> BloomForCausalLM:
     """Undo `fuse_bloom`. In place."""
-    _swap_classes(model, {fused: plain for plain, fused in _FUSED.items()})
+    _swap_classes(model, _PLAIN_CLASSES)
     return model
 
 
@@ -152,193 +140,7 @@ class PatchRecord:
     trainable: tuple[str, ...]
 
 
-class _FusedInputs(NamedTuple):
-    """Travels in place of transformers' alibi tensor when attention takes the fused path."""
-
-    slopes: Tensor  # [heads] float32
-    document_ids: Tensor | None  # [B, T]
-
-
-class FusedBloomAttention(BloomAttention):
-    """BLOOM's attention through `alibi_attention`; transformers' own path for everything that needs it."""
-
-    def forward(self, hidden_states, residual, alibi, attention_mask, **kwargs):
-        """As `BloomAttention.forward`; fused when ``alibi`` is a `_FusedInputs`."""
-        if not isinstance(alibi, _FusedInputs):
-            return super().forward(hidden_states, residual, alibi, attention_mask, **kwargs)
-        query, key, value = self._reshape(self.query_key_value(hidden_states))  # [B, heads, T, D] each
-        context = alibi_attention(query, key, value, alibi.slopes, document_ids=alibi.document_ids)
-        context = context.transpose(1, 2).flatten(2)  # [B, T, H]
-        return self._output(context, residual), None
-
-    def _output(self, context: Tensor, residual: Tensor) -> Tensor:
-        output = self.dense(context)
-        return residual + nn.functional.dropout(output, self.hidden_dropout, self.training)
-
-
-class FusedBloomModel(BloomModel):
-    """BLOOM's trunk, with documents packed in one row, and the fused attention where it is right."""
-
-    def forward(
-        self,
-        input_ids=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        document_ids: Tensor | None = None,
-        **kwargs,
-    ):
-        """As `BloomModel.forward`, and ``document_ids`` [B, T]: no attention between different ids."""
-        config = self.config
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training and document_ids is None
-        cached = use_cache or past_key_values is not None
-        if cached and document_ids is not None:
-            raise ValueError("document_ids: packed rows have no key-value cache; pass use_cache=False")
-        eager = (
-            output_attentions
-            or (self.training and config.attention_dropout > 0)
-            or _has_holes(attention_mask)
-        )
-        eager = eager or (config.slow_but_exact and config.pretraining_tp > 1)
-        if cached or (eager and document_ids is None):
-            return super().forward(
-                input_ids=input_ids,
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=return_dict,
-                **kwargs,
-            )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden = self.word_embeddings_layernorm(hidden)
-        slopes = alibi_slopes(self.num_heads, device=hidden.device)
-        if eager:
-            alibi, mask = _document_bias(slopes, document_ids, attention_mask, hidden.dtype)
-        else:
-            alibi, mask = _FusedInputs(slopes, document_ids), None
-
-        every_hidden = [hidden]
-        every_attention = []
-        for block in self.h:
-            hidden, attention = block(
-                hidden, alibi=alibi, attention_mask=mask, layer_past=None, output_attentions=output_attentions
-            )
-            every_hidden.append(hidden)
-            every_attention.append(attention)
-        hidden = self.ln_f(hidden)
-        every_hidden[-1] = hidden
-
-        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states = tuple(every_hidden) if wanted else None
-        attentions = tuple(every_attention) if output_attentions else None
-        if not (config.return_dict if return_dict is None else return_dict):
-            return tuple(value for value in (hidden, hidden_states, attentions) if value is not None)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden, hidden_states=hidden_states, attentions=attentions
-        )
-
-
-class FusedBloomForCausalLM(BloomForCausalLM):
-    """BLOOM with the vocabulary loss computed from the hidden states.
-
-    In training mode with labels the logits are None and never exist; ``skip_logits=False`` asks for them,
-    ``skip_logits=True`` leaves them out in eval mode too.
-    """
-
-    def forward(
-        self,
-        input_ids=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        logits_to_keep=0,
-        document_ids: Tensor | None = None,
-        skip_logits: bool | None = None,
-        **kwargs,
-    ):
-        """As `BloomForCausalLM.forward`, and ``document_ids`` [B, T]: packed documents.
-
-        Documents do not attend to each other and a document's first label is ignored.
-        """
-        outputs = self.transformer(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            document_ids=document_ids,
-        )
-        hidden = outputs.last_hidden_state
-        skip_logits = self.training if skip_logits is None else skip_logits
-        logits = None
-        if labels is None or not skip_logits:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        loss = None
-        if labels is not None:
-            targets = shift_labels(labels.to(hidden.device), document_ids)
-            if logits is None:
-                loss = self._loss_from_hidden(hidden, targets, **kwargs)
-            else:
-                kwargs = {"vocab_size": self.config.vocab_size, **kwargs}
-                loss = self.loss_function(logits, labels, shift_labels=targets, **kwargs)
-
-        result = CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return (
-            result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
-        )
-
-    def _loss_from_hidden(self, hidden: Tensor, targets: Tensor, num_items_in_batch=None, **_) -> Tensor:
-        loss = functools.partial(
-            linear_cross_entropy,
-            hidden.flatten(0, 1),
-            self.lm_head.weight,
-            targets.flatten(),
-            ignore_index=IGNORE_INDEX,
-        )
-        if num_items_in_batch is None:
-            return loss(reduction="mean")
-        return loss(reduction="sum") / num_items_in_batch
-
-
-def shift_labels(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """Targets [B, T] of labels [B, T]: each position's is the next label of the same document, else -100."""
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    if document_ids is not None:
-        crosses = document_ids[:, 1:] != document_ids[:, :-1]
-        targets = targets.masked_fill(nn.functional.pad(crosses, (0, 1), value=True), IGNORE_INDEX)
-    return targets
-
-
-_FUSED = {
-    BloomForCausalLM: FusedBloomForCausalLM,
-    BloomModel: FusedBloomModel,
-    BloomAttention: FusedBloomAttention,
-}
+_PLAIN_CLASSES = {fused: plain for plain, fused in FUSED_CLASSES.items()}
 
 
 def _swap_classes(model: nn.Module, mapping: dict[type, type]) -> None:
@@ -358,30 +160,3 @@ def _plain_linear(layer: LoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias
     return linear
-
-
-def _has_holes(attention_mask) -> bool:
-    if attention_mask is None:
-        return False
-    return not (
-        isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())
-    )
-
-
-def _document_bias(
-    slopes: Tensor, document_ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """transformers' alibi [B·heads, 1, T] and additive mask [B, 1, T, T] for rows of several documents."""
-    B, T = document_ids.shape
-    real = torch.ones_like(document_ids) if attention_mask is None else attention_mask.to(document_ids)
-    counted = real.cumsum(1)
-    starts = nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    # Tokens counted before each position's own document: the running maximum over document starts.
-    before = ((counted - real) * starts).cummax(1).values
-    position = (counted - before - 1) * real
-    alibi = (slopes[None, :, None, None] * position[:, None, None, :]).to(dtype)
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=document_ids.device).tril()
-    allowed = same & causal & real.bool()[:, None, None, :]
-    mask = torch.zeros(B, 1, T, T, dtype=dtype, device=document_ids.device)
-    return alibi.flatten(0, 1), mask.masked_fill_(~allowed, torch.finfo(dtype).min)

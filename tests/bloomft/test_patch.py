@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 
+from bloomft.fused_model import shift_labels
 from bloomft.patch import (
     adapted_layers,
     adapter_state,
@@ -14,7 +15,6 @@ from bloomft.patch import (
     is_patched,
     load_adapter_state,
     patch_bloom,
-    shift_labels,
     unfuse_bloom,
     unpatch_bloom,
 )
