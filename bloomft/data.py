@@ -9,6 +9,7 @@ from bloomft.errors import UserError
 from bloomft.token_cache import TokenCache
 
 IGNORE_INDEX = -100
+PADDING_ID = -1  # document id of padding: a run of its own, which attends to nothing real
 
 # What a permutation is drawn for: one of these, so that no two uses share their randomness.
 _SPLIT, _PACKING, _EPOCH = range(3)
@@ -98,8 +99,8 @@ class PackedDataset:
 
         Each epoch visits every row once, in an order drawn from ``random_state`` and the epoch alone; a batch
         may span epochs. Returns input_ids [B, T] int64, labels [B, T] int64 and document_ids [B, T] int32,
-        which count 0, 1, 2... in a row, its padding the last. T is ``max_length``; without packing it is the
-        longest row of the batch, rounded up to a multiple of 8 but not beyond ``max_length``.
+        which count 0, 1, 2... in a row and are -1 on its padding. T is ``max_length``; without packing it is
+        the longest row of the batch, rounded up to a multiple of 8 but not beyond ``max_length``.
         """
         if index < 0:
             raise ValueError(f"index must be at least 0, got {index}")
@@ -143,7 +144,7 @@ class PackedDataset:
                 labels[b, at + skip : end] = tokens[skip:]
                 document_ids[b, at:end] = document
                 at = end
-            document_ids[b, at:] = len(row)
+            document_ids[b, at:] = PADDING_ID
         return {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),

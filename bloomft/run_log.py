@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bloomft.config import Config, config_to_yaml
 from bloomft.errors import UserError
 from bloomft.files import make_folder, write_atomically
+from lorakernels import dispatch
+
+KERNELS = "kernels.json"
 
 
 class RunLog:
@@ -34,6 +37,7 @@ class RunLog:
             self._log = (self.folder / "log").open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
+        self._kernels: dict[str, Any] = {}
         self._board = _open_board(config, self.folder)
         self._console = Console(stderr=True, highlight=False)
         self._bar = Progress(
@@ -88,11 +92,32 @@ class RunLog:
         if self._board is not None:
             self._board.write(step, values)
 
+    def record_kernels(self) -> None:
+        """Keep which implementation each operator took, before the step that used a new one counts.
+
+        A run that goes on from here reads them back and computes the same bits.
+        """
+        if (choices := dispatch.choices()) != self._kernels:
+            self._kernels = choices
+            write_atomically(self.folder / KERNELS, (json.dumps(choices, indent=1) + "\n").encode())
+            self._log.write(f"{dispatch.report()}\n")
+
     def sync(self) -> None:
         """Make everything written so far durable; a checkpoint that follows may rely on it."""
         for file in (self._metrics, self._log):
             file.flush()
             os.fsync(file.fileno())
+
+
+def restore_kernel_choices(run_dir: Path) -> None:
+    """Repeat the choices between implementations that a run made; `UserError` if its file is damaged."""
+    path = run_dir / KERNELS
+    if not path.exists():
+        return
+    try:
+        dispatch.use_choices(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read back ({error}); remove it to measure anew") from error
 
 
 def _plain(value: float) -> float | int | None:
@@ -106,6 +131,7 @@ _LABELS = {
     "lr": "lr {:.2e}",
     "grad_norm": "|grad| {:.3f}",
     "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "MFU {:.0%}",
 }
 
 

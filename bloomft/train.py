@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import BloomForCausalLM, get_scheduler
 
+from bloomft.accounting import BatchCounts, StepCost, gemm_rate, peak_memory
 from bloomft.checkpoint import (
     LAST,
     TrainingState,
@@ -35,7 +36,7 @@ from bloomft.errors import UserError, run_command
 from bloomft.files import make_folder
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
 from bloomft.patch import adapter_state, load_adapter_state
-from bloomft.run_log import RunLog
+from bloomft.run_log import RunLog, restore_kernel_choices
 from bloomft.runtime import pick_device, pick_dtype, setup_process
 from bloomft.token_cache import build_token_cache
 
@@ -84,12 +85,14 @@ def train(config: Config) -> TrainResult:
 
     step, position, base_eval_loss = 0, 0, None
     window_loss, window_labels = torch.zeros((), dtype=torch.float64, device=device), 0
+    cost, limit = StepCost.of(model), gemm_rate(device, dtype)
     if resume_path is not None:
         state = load_checkpoint(resume_path)
         _restore(state, resume_path, config, base, data_identity, model, optimizer, scheduler, scaler)
         step, position, base_eval_loss = state.step, state.position, state.base_eval_loss
         window_loss += state.window["loss"]
         window_labels = state.window["labels"]
+        restore_kernel_choices(run_dir)
 
     def snapshot() -> TrainingState:
         return TrainingState(
@@ -121,19 +124,20 @@ def train(config: Config) -> TrainResult:
             log.board(0, eval_loss=base_eval_loss)
 
         model.train()
-        window_tokens, window_start = 0, time.perf_counter()
+        done, window_start = BatchCounts(), time.perf_counter()
         while step < total and not stop:
             batches = [data.batch(position + i, batch_size) for i in range(accumulate)]
             # Normalised over the whole accumulated batch, so that the loss does not depend on how it is cut.
-            labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+            counts = sum((BatchCounts.of(batch) for batch in batches), BatchCounts())
             for batch in batches:
-                loss = model(**_to_device(batch, device), num_items_in_batch=labels).loss
+                loss = model(**_to_device(batch, device), num_items_in_batch=counts.labels).loss
                 scaler.scale(loss).backward()
-                window_loss += loss.detach() * labels
-                window_tokens += batch["input_ids"].numel()
-            window_labels += labels
+                window_loss += loss.detach() * counts.labels
+            window_labels += counts.labels
+            done += counts
             if step == 0:
                 _check_gradients(model)
+            log.record_kernels()
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clip_val or math.inf)
             lr = optimizer.param_groups[0]["lr"]
@@ -148,11 +152,16 @@ def train(config: Config) -> TrainResult:
             every = config.train.eval_every_n_steps
             evaluating = heldout is not None and (step == total or (every > 0 and step % every == 0))
             if evaluating or step == total or step % config.train.log_every_n_steps == 0:
+                loss = window_loss.item() / window_labels
+                seconds = time.perf_counter() - window_start
                 values = {
-                    "loss": window_loss.item() / window_labels,
+                    "loss": loss,
                     "lr": lr,
                     "grad_norm": grad_norm.item(),
-                    "tokens_per_second": window_tokens / (time.perf_counter() - window_start),
+                    "tokens_per_second": done.tokens / seconds,
+                    "mfu": cost.flops(done) / seconds / limit,
+                    "supervised_share": done.labels / done.tokens,
+                    "peak_memory_gib": peak_memory(device) / 2**30,
                 }
                 if not (math.isfinite(values["loss"]) and (scaler.is_enabled() or math.isfinite(grad_norm))):
                     raise UserError(
@@ -165,7 +174,7 @@ def train(config: Config) -> TrainResult:
                         scheduler.step(eval_loss)
                 log.record(step, **values)
                 window_loss.zero_()
-                window_labels, window_tokens, window_start = 0, 0, time.perf_counter()
+                window_labels, done, window_start = 0, BatchCounts(), time.perf_counter()
 
             if step == total or stop or step % config.train.save_every_n_train_steps == 0:
                 log.sync()

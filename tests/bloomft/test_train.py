@@ -49,7 +49,10 @@ def test_a_run_learns_and_leaves_what_it_promises(run):
     lines = metrics(result.run_dir)
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert {"step", "loss", "lr", "grad_norm", "tokens_per_second"} <= lines[0].keys()
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_gib"} <= lines[
+        0
+    ].keys()
+    assert all(0 < line["supervised_share"] <= 1 and line["mfu"] > 0 for line in lines)
     assert [line["step"] for line in lines if "eval_loss" in line] == [6, 12, 18, 24, 30]
     assert lines[-1]["eval_loss"] == result.eval_loss
     names = {path.name for path in result.run_dir.iterdir()}

@@ -1,0 +1,104 @@
+"""What a training step costs and how well the machine is used: FLOPs counted, rates and memory measured."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import BloomForCausalLM
+
+from bloomft.data import IGNORE_INDEX, PADDING_ID
+from bloomft.patch import adapted_layers
+
+FIRST_PROJECTION = "h.0.self_attention.query_key_value"
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs that training a BLOOM with a frozen base needs; a multiplication and an addition count as two.
+
+    A frozen linear layer costs 2·K·N a token forward and as much for its input's gradient; there is no third
+    product, the weight's gradient, hence about 4 FLOPs a parameter and token and not 6. Its adapter costs
+    2·r·(K + N) forward and 4·r·(K + N) backward. The first query_key_value needs no gradient of its input.
+    The vocabulary head costs 4·V·H a label, attention 12·H a layer and visible (query, key) pair. Work done
+    again (checkpointing, attention's backward) is left out: the model does not need it.
+    """
+
+    per_token: float
+    per_label: float
+    per_pair: float
+
+    @classmethod
+    def of(cls, model: BloomForCausalLM) -> "StepCost":
+        """Counted from the layers of a patched model."""
+        adapted = adapted_layers(model.transformer)
+        per_token = 0.0
+        for name, layer in model.transformer.h.named_modules(prefix="h"):
+            if not (isinstance(layer, torch.nn.Linear) or name in adapted):
+                continue
+            N, K = layer.weight.shape
+            inputs = 0 if name == FIRST_PROJECTION else 1
+            per_token += 2 * K * N * (1 + inputs)
+            if name in adapted:
+                rows, r = layer.lora_b.shape
+                per_token += 2 * r * K * (2 + inputs) + 2 * r * rows * 3
+        V, H = model.lm_head.weight.shape
+        return cls(per_token, 4.0 * V * H, 12.0 * H * len(model.transformer.h))
+
+    def flops(self, counts: "BatchCounts") -> float:
+        """FLOPs of one forward and backward pass over what ``counts`` counted."""
+        return self.per_token * counts.tokens + self.per_label * counts.labels + self.per_pair * counts.pairs
+
+
+@dataclass
+class BatchCounts:
+    """What a batch holds: tokens without padding, labels, and visible (query, key) pairs."""
+
+    tokens: int = 0
+    labels: int = 0
+    pairs: int = 0
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> "BatchCounts":
+        """Counted from labels and document_ids, both [B, T]."""
+        document_ids = batch["document_ids"]
+        real = document_ids != PADDING_ID
+        rows = torch.arange(len(document_ids)).unsqueeze(1) * (int(document_ids.max()) + 1)
+        lengths = torch.bincount((rows + document_ids)[real])
+        pairs = int((lengths * (lengths + 1)).sum()) // 2
+        return cls(int(real.sum()), int((batch["labels"] != IGNORE_INDEX).sum()), pairs)
+
+    def __add__(self, other: "BatchCounts") -> "BatchCounts":
+        return BatchCounts(self.tokens + other.tokens, self.labels + other.labels, self.pairs + other.pairs)
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds: int = 5) -> float:
+    """FLOP/s of a square matrix product on ``device``, median of ``rounds``: the limit that MFU refers to.
+
+    On a CPU 16-bit products are taken in float32 where that is faster, as `lorakernels` does.
+    """
+    if device.type == "cuda":
+        size *= 8
+    rates = []
+    for kind in {dtype, torch.float32} if device.type == "cpu" else {dtype}:
+        a = torch.ones(size, size, dtype=kind, device=device)
+        times = []
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        rates.append(2 * size**3 / median(times[1:]))
+    return max(rates)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on a GPU, or the most that this process held in memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
