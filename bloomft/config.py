@@ -138,7 +138,11 @@ class TrainConfig:
     batch_size: int = _key(MISSING, "rows in a micro-batch, per process", at_least=1)
     accumulate_grad_batches: int = _key(1, "micro-batches in an optimizer step", at_least=1)
     gradient_clip_val: float = _key(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0)
-    gradient_checkpointing: bool = _key(False, "recompute the blocks in the backward pass")
+    gradient_checkpointing: Any = _key(
+        False,
+        "recompute the blocks in the backward pass; `selective` keeps projections and attention",
+        choices=(True, False, "selective"),
+    )
     log_every_n_steps: int = _key(10, "optimizer steps", at_least=1)
     save_every_n_train_steps: int = _key(2500, "optimizer steps", at_least=1)
     eval_every_n_steps: int = _key(
@@ -378,7 +382,7 @@ def _bounds_text(spec: dataclasses.Field) -> str:
     if rules.get("kind") == "strings":
         return "text or a list of texts"
     if "choices" in rules:
-        return ", ".join(rules["choices"])
+        return ", ".join(_yaml_scalar(choice) for choice in rules["choices"])
     kind = spec.type
     if len(options := [t for t in typing.get_args(kind) if t is not type(None)]) == 1:
         kind = options[0] if typing.get_origin(kind) is not list else kind
@@ -406,7 +410,8 @@ def _allowed(key: str, value: Any) -> str:
         return "a value of the wrong kind stands here"
     close = ""
     if "choices" in spec.metadata and isinstance(value, str):
-        match = difflib.get_close_matches(value, spec.metadata["choices"], n=1)
+        names = [choice for choice in spec.metadata["choices"] if isinstance(choice, str)]
+        match = difflib.get_close_matches(value, names, n=1)
         close = f"; did you mean {match[0]}?" if match else ""
     return f"{_yaml_scalar(value)} is not allowed; allowed: {_bounds_text(spec)}{close}"
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
@@ -31,7 +32,10 @@ class FusedBloomAttention(BloomAttention):
         """As `BloomAttention.forward`; fused when ``alibi`` is a `_FusedInputs`."""
         if not isinstance(alibi, _FusedInputs):
             return super().forward(hidden_states, residual, alibi, attention_mask, **kwargs)
-        query, key, value = self._reshape(self.query_key_value(hidden_states))  # [B, heads, T, D] each
+        fused = self.query_key_value(hidden_states)  # [B, T, 3H]
+        fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
+        # unbind, since its backward writes the three gradients into one tensor, in one pass
+        query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
         context = alibi_attention(query, key, value, alibi.slopes, document_ids=alibi.document_ids)
         context = context.transpose(1, 2).flatten(2)  # [B, T, H]
         output = self.dense(context)
@@ -209,6 +213,26 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         if num_items_in_batch is None:
             return loss(reduction="mean")
         return loss(reduction="sum") / num_items_in_batch
+
+
+def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str) -> None:
+    """Recompute blocks in the backward pass, to save memory; for training with a patched model.
+
+    True keeps each block's input alone. "selective" also keeps what is expensive to make again, the results
+    of the adapted projections and of attention, and recomputes the rest. False keeps everything.
+    """
+    if not mode:
+        model.activation_checkpointing_disable()
+        return
+    options = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
+    model.activation_checkpointing_enable(options)
+
+
+def _keep_expensive(_context, operator, *_arguments, **_options) -> CheckpointPolicy:
+    kept = (torch.ops.lorakernels.lora_linear_forward.default, torch.ops.lorakernels.alibi_attention.default)
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def shift_labels(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:

@@ -107,7 +107,7 @@ def test_the_access_token_is_not_written(write):
         ("  batch_size: 4\n", "", r"train.batch_size is missing: rows in a micro-batch"),
         ("max_length: 2048", "max_length: ...", r"data.max_length: '...' is not allowed"),
         ("max_length: 2048", "max_length: ${data.nothing}", r"data.max_length: Interpolation key"),
-        ("checkpointing: true", "checkpointing: maybe", r"checkpointing: maybe is not .*true or false"),
+        ("checkpointing: true", "checkpointing: maybe", r"checkpointing: maybe is .*true, false, selective"),
         ("num_warmup_steps: 100", "num_warmup_steps: 6000", r"num_warmup_steps: 6000 is more than"),
         ("name: linear", "name: greedy\n    x: 1", r"optim.scheduler.x: unknown key"),
         ("filenames: examples/*.txt", "filenames: 3", r"data.filenames: 3 is not .* text or a list"),

@@ -1,13 +1,15 @@
 """A patched model is still transformers' BloomForCausalLM, in everything that a user can see."""
 
+import collections
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 
-from bloomft.fused_model import shift_labels
+from bloomft.fused_model import checkpoint_blocks, shift_labels
 from bloomft.patch import (
     adapted_layers,
     adapter_state,
@@ -148,6 +150,38 @@ def test_gradient_checkpointing_reaches_every_adapter(model, use_reentrant):
     for name, gradient in expected.items():
         close(model.get_parameter(name).grad, gradient, 1e-6)
         assert gradient.norm() > 0
+
+
+class CountCalls(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_repeats_the_cheap_and_keeps_the_expensive():
+    model = with_trained_adapters(tiny_model()).train()
+    ids = tokens(2, 32)
+    repeated, gradients = {}, {}
+    for mode in (False, "selective", True):
+        model.zero_grad()
+        checkpoint_blocks(model, mode)
+        loss = model(ids, labels=ids).loss
+        with CountCalls() as counter:
+            loss.backward()
+        repeated[mode] = [
+            counter.calls[f"{name}.default"]
+            for name in ("lorakernels.lora_linear_forward", "lorakernels.alibi_attention", "aten.gelu")
+        ]
+        gradients[mode] = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    assert repeated == {False: [0, 0, 0], "selective": [0, 0, 2], True: [2, 2, 2]}
+    for mode in ("selective", True):
+        assert all(torch.equal(a, b) for a, b in zip(gradients[mode], gradients[False], strict=True))
 
 
 @pytest.mark.parametrize("extra", [{}, {"output_attentions": True}], ids=["fused", "eager"])

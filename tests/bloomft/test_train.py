@@ -87,9 +87,10 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut(run, tmp_path):
         assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-2)
 
 
-def test_gradient_checkpointing_changes_nothing(run, tmp_path):
+@pytest.mark.parametrize("mode", [True, "selective"])
+def test_gradient_checkpointing_changes_nothing(run, tmp_path, mode):
     plain = run(model__lora__lora_dropout=0.1)
-    again = run(train__output_dir=str(tmp_path / "again"), train__gradient_checkpointing=True)
+    again = run(train__output_dir=str(tmp_path / "again"), train__gradient_checkpointing=mode)
     for name, value in adapters(plain.run_dir).items():
         torch.testing.assert_close(adapters(again.run_dir)[name], value, rtol=1e-4, atol=1e-6)
 
