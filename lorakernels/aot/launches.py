@@ -59,8 +59,8 @@ def _products(chip: Chip, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Ite
         def forward(tile=tile):
             return lora_linear._product(x, weight, bias, left, b_rows, 0.0, seed, tile)
 
-        def dx(dropout_p=0.0, tile=tile):
-            return lora_linear._product(dy, weight.T, None, left, a_columns.T, dropout_p, seed, tile)
+        def dx(tile=tile):
+            return lora_linear._product(dy, weight.T, None, left, a_columns.T, 0.0, seed, tile)
 
         def forward_by_columns(tile=tile):
             return lora_linear._product(x, by_columns, bias, left, b_columns.T, 0.0, seed, tile)
@@ -70,10 +70,14 @@ def _products(chip: Chip, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Ite
 
         yield Launch("forward", str(tile), forward)
         yield Launch("dx", str(tile), dx)
-        if tile in lora_linear.shipped_tiles(dtype, chip.shared_limit, dropout=True):
-            yield Launch("dx with dropout", str(tile), lambda dx=dx: dx(DROPOUT))
         yield Launch("forward, weight by columns", str(tile), forward_by_columns)
         yield Launch("dx, weight by columns", str(tile), dx_by_columns)
+    for tile in lora_linear.shipped_tiles(dtype, chip.shared_limit, dropout=True):
+
+        def dx_with_dropout(tile=tile):
+            return lora_linear._product(dy, weight.T, None, left, a_columns.T, DROPOUT, seed, tile)
+
+        yield Launch("dx with dropout", str(tile), dx_with_dropout)
 
 
 def _thin(dtype: torch.dtype, adapter_dtype: torch.dtype, rank: int) -> Iterator[Launch]:

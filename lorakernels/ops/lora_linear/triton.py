@@ -51,36 +51,39 @@ class Tile:
         return (self.block_m + self.block_n) * self.block_k * self.num_stages * element_size
 
 
-# The shipped tiles of the GEMM, largest first; a chip gets those whose operands fit in its shared memory.
+# The shipped tiles of the GEMM by element size; a chip gets those whose operands fit in its shared memory,
+# and the last one fits all. With dropout, registers must be left for the mask beside the sums.
 TILES = {
     2: (
         Tile(128, 256, 64, 8, 3),
         Tile(256, 128, 64, 8, 3),
         Tile(128, 256, 32, 8, 4),
         Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 32, 4, 4),
         Tile(64, 128, 64, 4, 3),
+        Tile(128, 128, 32, 4, 4),
     ),
-    4: (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    4: (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 3)),
 }
-# Tiles of the thin kernels: rows, reduced or kept columns, warps, stages.
+DROPOUT_TILES = {
+    2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 8, 4)),
+    4: (Tile(64, 64, 32, 4, 3),),
+}
+# Tiles of the thin kernels: rows, columns (the side that is reduced or kept), warps, stages.
 SHRINK_TILE = Tile(64, 16, 64, 4, 3)
-BACKWARD_TILE = Tile(128, 64, 16, 4, 2)
-BACKWARD_A_TILE = Tile(64, 16, 128, 4, 2)
+BACKWARD_TILE = Tile(128, 64, 16, 8, 2)
+BACKWARD_A_TILE = Tile(64, 16, 128, 8, 2)
 REDUCE_ROWS = 64
 # Programs that a thin kernel aims at by splitting its sum: a constant, so that all devices add in one order.
 PROGRAMS = 256
-RANK_BLOCK = 64
+# Ranks that a thin kernel handles at once: sums for 64 overflow the registers of sm_80 and gfx942.
+RANK_BLOCK = 32
 
 
 def shipped_tiles(dtype: torch.dtype, shared_limit: int, dropout: bool = False) -> tuple[Tile, ...]:
-    """The GEMM tiles for operands of dtype that fit into shared_limit bytes of shared memory.
-
-    With dropout those alone whose sums leave registers for the mask: 64 a thread.
-    """
+    """The GEMM tiles for operands of dtype that fit into shared_limit bytes of shared memory."""
     size = dtype.itemsize
-    fitting = (tile for tile in TILES[size] if tile.shared_bytes(size) <= shared_limit)
-    return tuple(one for one in fitting if not dropout or one.block_m * one.block_n <= 2048 * one.num_warps)
+    tiles = (DROPOUT_TILES if dropout else TILES)[size]
+    return tuple(tile for tile in tiles if tile.shared_bytes(size) <= shared_limit)
 
 
 def forward(
@@ -157,7 +160,7 @@ def _shrink(x: Tensor, factor: Tensor, dropout_p: float, seed: Tensor) -> Tensor
         dropout_p,
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
         SPLIT=x.dtype != factor.dtype, SHIFT=_shift(x),
-        PRECISION=precision(x), num_warps=_warps(block_r), num_stages=tile.num_stages,
+        PRECISION=precision(x), num_warps=_thin_warps(x, tile), num_stages=tile.num_stages,
     )  # fmt: skip
     return partial
 
@@ -178,7 +181,7 @@ def _one_pass(dy: Tensor, factor: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         ds.stride(0), ds.stride(1), db.stride(0), db.stride(1),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
         SPLIT_FACTOR=dy.dtype != factor.dtype, SPLIT_S=dy.dtype != s.dtype, SHIFT=_shift(dy),
-        PRECISION=precision(dy), num_warps=_warps(block_r), num_stages=tile.num_stages,
+        PRECISION=precision(dy), num_warps=_thin_warps(dy, tile), num_stages=tile.num_stages,
     )  # fmt: skip
     return ds, db
 
@@ -198,7 +201,7 @@ def _sum_over_rows(x: Tensor, ds: Tensor, dropout_p: float, seed: Tensor) -> Ten
         dropout_p,
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
         SPLIT=x.dtype != ds.dtype, SHIFT=_shift(x),
-        PRECISION=precision(x), num_warps=_warps(block_r), num_stages=tile.num_stages,
+        PRECISION=precision(x), num_warps=_thin_warps(x, tile), num_stages=tile.num_stages,
     )  # fmt: skip
     return partial
 
@@ -288,15 +291,27 @@ def _product(
 
 
 def default_tile(dtype: torch.dtype) -> Tile:
-    """The tile where nothing was measured: the smallest shipped one, which fits every chip."""
+    """The tile where nothing was measured: the one that fits every chip."""
     return TILES[dtype.itemsize][-1]
 
 
 def precision(x: Tensor) -> str:
     """How tl.dot treats float32 operands: as torch's own matrix products are told to."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    on_nvidia = x.device.type != "cpu" and triton.runtime.driver.active.get_current_target().backend == "cuda"
-    return "tf32" if tf32 and on_nvidia else "ieee"
+    return "tf32" if tf32 and _target(x) == ("cuda", 32) else "ieee"
+
+
+def _thin_warps(x: Tensor, tile: Tile) -> int:
+    """Warps of a thin kernel: 256 threads at most, which is four of AMD's warps."""
+    return min(tile.num_warps, 256 // _target(x)[1])
+
+
+def _target(x: Tensor) -> tuple[str, int]:
+    """Backend and lanes of a warp where x is; the interpreter has neither."""
+    if x.device.type == "cpu":
+        return "interpreter", 32
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.warp_size
 
 
 def _parts(x: Tensor, factor: Tensor) -> int:
@@ -315,11 +330,6 @@ def _rank_blocks(rank: int) -> tuple[int, int]:
     """Block of ranks that a program handles, a power of two from 16 on, and the rank padded to blocks."""
     block = min(RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
     return block, triton.cdiv(rank, block) * block
-
-
-def _warps(block_r: int) -> int:
-    """Warps of a thin kernel: the sums of a wide block of ranks spread over twice the registers."""
-    return 8 if block_r > 32 else 4
 
 
 def _split(length: int, block: int, programs: int) -> tuple[int, int]:
