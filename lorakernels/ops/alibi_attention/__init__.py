@@ -33,9 +33,8 @@ def alibi_attention(
     Returns [B, heads, T, D], stored so that ``.transpose(1, 2).flatten(2)`` is a view. Differentiable once
     in query, key and value.
 
-    On the CPU an operator of its own that saves nothing but its inputs; on CUDA
-    FlexAttention with a block mask. float64 on CUDA, and devices other than these, take the plain
-    expression, of O(T²) memory.
+    On the CPU an operator of its own that saves nothing but its inputs; on CUDA FlexAttention with a block
+    mask. float64 on CUDA, and devices other than these, take the plain expression, of O(T²) memory.
 
     Raises ValueError for shapes and devices that do not fit or slopes that require a gradient, TypeError
     for dtypes.

@@ -37,7 +37,7 @@ def forward(
     """
     rows, width = hidden.shape
     dtype = statistics_dtype(hidden.dtype)
-    compute = dtype if hidden.dtype == dtype or widens(weight.dtype) else weight.dtype
+    compute = _product_dtype(weight)
     states = hidden.to(compute)
     maximum = states.new_full((rows, 1), torch.finfo(dtype).min, dtype=dtype)
     total = torch.zeros_like(maximum)
@@ -78,9 +78,9 @@ def weight_gradient(
 ) -> torch.Tensor:
     """``sum over t of row_gradient[t] · (softmax - onehot)[t]ᵀ hidden[t]``, [V, H]; logits are made again."""
     dtype = statistics_dtype(hidden.dtype)
-    compute = dtype if hidden.dtype == dtype or widens(weight.dtype) else weight.dtype
+    compute = _product_dtype(weight)
     states = hidden.to(compute)
-    result = torch.zeros_like(weight)
+    result = torch.empty_like(weight)
     columns = min(COLUMNS, len(weight))
     chunk = min(len(hidden), block_rows(columns, dtype))
     buffer = torch.empty(chunk * columns, dtype=dtype, device=states.device)
@@ -97,6 +97,12 @@ def weight_gradient(
             _accumulate(gradient, weights.T, states[part])
         result[start:stop] = gradient
     return result
+
+
+def _product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """16 bits only where a CPU multiplies them clearly faster than float32; each block is cast as it is read."""
+    narrow = weight.is_cpu and weight.dtype.itemsize == 2 and not widens(weight.dtype)
+    return weight.dtype if narrow else statistics_dtype(weight.dtype)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
