@@ -100,7 +100,7 @@ def weight_gradient(
 
 
 def _product_dtype(weight: torch.Tensor) -> torch.dtype:
-    """16 bits only where a CPU multiplies them clearly faster than float32; each block is cast as it is read."""
+    """16 bits only where a CPU multiplies them clearly faster; else each block is cast as it is read."""
     narrow = weight.is_cpu and weight.dtype.itemsize == 2 and not widens(weight.dtype)
     return weight.dtype if narrow else statistics_dtype(weight.dtype)
 
