@@ -1,0 +1,231 @@
+"""A whole BLOOM training step as transformers and PEFT make it, and with this project's parts one by one.
+
+Every rival has the same weights, in one memory that all processes share, the same adapters and the same rows.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
+
+from bloomft.fused_model import FUSED_CLASSES, FusedBloomAttention, FusedBloomForCausalLM, FusedBloomModel
+from bloomft.patch import adapted_layers, patch_bloom
+from bloomft.runtime import setup_process
+
+RANK, SCALE = 8, 4.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """BLOOM-560m's sizes; fewer layers where time is short."""
+
+    layers: int = 24
+    hidden_size: int = 1024
+    heads: int = 16
+    vocab_size: int = 250_880
+    tokens: int = 1024
+    masked: int = 0  # labels at the start that are prompt
+    dtype: str = "float32"
+
+    def config(self) -> BloomConfig:
+        """The model's configuration."""
+        return BloomConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            n_layer=self.layers,
+            n_head=self.heads,
+            use_cache=False,
+        )
+
+    def batch(self) -> dict[str, Tensor]:
+        """One row of random token ids and its labels."""
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(self.vocab_size, (1, self.tokens), generator=generator)
+        labels = ids.clone()
+        labels[:, : self.masked] = -100
+        return {"input_ids": ids, "labels": labels}
+
+
+def write_weights(shape: Shape, folder: Path) -> Path:
+    """Random weights of ``shape``, flat, in a file that rivals map into memory."""
+    with torch.device("meta"):
+        model = BloomForCausalLM(shape.config())
+    path = folder / "weights"
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, shape.dtype)
+    with path.open("wb") as file:
+        for name, parameter in model.named_parameters():
+            value = torch.randn(parameter.shape, generator=generator).mul_(0.02)
+            if "layernorm" in name or "ln_f" in name:
+                value += 1.0 if name.endswith("weight") else 0.0
+            file.write(value.to(dtype).view(torch.uint8).numpy().tobytes())
+    return path
+
+
+def load_base(shape: Shape, weights: Path) -> BloomForCausalLM:
+    """The base model over the shared weights, frozen."""
+    with torch.device("meta"):
+        model = BloomForCausalLM(shape.config())
+    dtype = getattr(torch, shape.dtype)
+    total = weights.stat().st_size // dtype.itemsize
+    flat = torch.from_file(str(weights), shared=True, size=total, dtype=dtype)
+    offset = 0
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = flat[offset : offset + parameter.numel()].view(parameter.shape)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        offset += parameter.numel()
+    model.lm_head.weight = model.transformer.word_embeddings.weight
+    return model.train()
+
+
+def with_peft(model: BloomForCausalLM, *, upcast_adapters: bool = True) -> nn.Module:
+    """PEFT's adapters; ``upcast_adapters`` is its default."""
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=SCALE * RANK, target_modules=["query_key_value"], task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=upcast_adapters)
+
+
+def _swap(model: nn.Module, classes: dict[type, type]) -> None:
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+
+
+def _peft_with_attention(model: BloomForCausalLM) -> nn.Module:
+    _swap(model, {BloomAttention: FusedBloomAttention, BloomModel: FusedBloomModel})
+    return with_peft(model)
+
+
+def _peft_with_attention_and_loss(model: BloomForCausalLM) -> nn.Module:
+    _swap(
+        model,
+        {
+            BloomAttention: FusedBloomAttention,
+            BloomModel: FusedBloomModel,
+            BloomForCausalLM: FusedBloomForCausalLM,
+        },
+    )
+    return with_peft(model)
+
+
+def _lora_without_feed_forward(model: BloomForCausalLM) -> nn.Module:
+    patch_bloom(model, RANK, SCALE)
+    plain = {fused: kind for kind, fused in FUSED_CLASSES.items()}
+    kept = (FusedBloomAttention, FusedBloomModel, FusedBloomForCausalLM)
+    _swap(model, {fused: kind for fused, kind in plain.items() if fused not in kept})
+    return model
+
+
+def _ours(model: BloomForCausalLM) -> nn.Module:
+    return patch_bloom(model, RANK, SCALE)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """How a model is built and whether its process has `setup_process`'s settings."""
+
+    build: Callable[[BloomForCausalLM], nn.Module]
+    settings: bool
+
+
+RIVALS = {
+    "peft as installed": Rival(with_peft, settings=False),
+    "peft, our settings": Rival(with_peft, settings=True),
+    "+ attention": Rival(_peft_with_attention, settings=True),
+    "+ loss": Rival(_peft_with_attention_and_loss, settings=True),
+    "+ lora_linear": Rival(_lora_without_feed_forward, settings=True),
+    "bloomft": Rival(_ours, settings=True),
+}
+
+
+def adapters(model: nn.Module) -> list[Tensor]:
+    """lora_a and lora_b of every layer in turn, whoever made them."""
+    if ours := adapted_layers(model):
+        return [value for layer in ours.values() for value in (layer.lora_a, layer.lora_b)]
+    return [value for name, value in model.named_parameters() if "lora_" in name]
+
+
+def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A function that runs forward and backward and returns the loss; the adapters whose .grad it fills."""
+    if RIVALS[name].settings:
+        setup_process()
+    model = RIVALS[name].build(load_base(shape, weights))
+    generator = torch.Generator().manual_seed(2)
+    trained = adapters(model)
+    with torch.no_grad():
+        for value in trained:
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.02)
+    batch = shape.batch()
+
+    def step() -> Tensor:
+        for value in trained:
+            value.grad = None
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    return step, trained
+
+
+def gemms(shape: Shape) -> list[tuple[str, int, int, int, int]]:
+    """(name, M, K, N, times) of every product that the step cannot do without, forward and backward.
+
+    A frozen layer has two, y = x·Wᵀ and dx = dy·W; the first query_key_value has no dx. Attention's own
+    products and the adapters' are left out: they are small, and a floor may be low, not high.
+    """
+    M, H, L = shape.tokens, shape.hidden_size, shape.layers
+    rows = shape.tokens - max(1, shape.masked)
+    pairs = [("query_key_value", H, 3 * H), ("dense", H, H), ("dense_h_to_4h", H, 4 * H)]
+    pairs.append(("dense_4h_to_h", 4 * H, H))
+    listed = []
+    for name, K, N in pairs:
+        listed.append((f"{name} forward", M, K, N, L))
+        listed.append((f"{name} backward", M, N, K, L - (name == "query_key_value")))
+    listed.append(("head forward", rows, H, shape.vocab_size, 1))
+    listed.append(("head backward", rows, shape.vocab_size, H, 1))
+    return listed
+
+
+def make_gemms(shape: Shape) -> Callable[[], None]:
+    """A function that computes `gemms` and nothing else, the head in chunks of 512 rows, in float32."""
+    products = []
+    for name, M, K, N, times in gemms(shape):
+        chunk = min(M, 512) if name.startswith("head") else M
+        weight = torch.full((N, K), 0.01)
+        x, out = torch.ones(chunk, K), torch.empty(chunk, N)
+        full, rest = divmod(M, chunk)
+        products.append((x, weight, out, times, full, rest))
+
+    def run() -> None:
+        for x, weight, out, times, full, rest in products:
+            for _ in range(times):
+                for _ in range(full):
+                    torch.mm(x, weight.T, out=out)
+                if rest:
+                    torch.mm(x[:rest], weight.T, out=out[:rest])
+
+    return run
+
+
+def total_flops(shape: Shape) -> float:
+    """FLOPs of `gemms`."""
+    return float(sum(2 * M * K * N * times for _, M, K, N, times in gemms(shape)))
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory:
+    """A folder for the shared weights, in memory where the system has such a place."""
+    shared = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None)
+
+
+def smaller(shape: Shape, **changes: int) -> Shape:
+    """``shape`` with other sizes."""
+    return dataclasses.replace(shape, **changes)

@@ -1,0 +1,79 @@
+"""A process for each rival of the whole step: settings and memory are a process's own, turns are shared."""
+
+import contextlib
+import multiprocessing
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from benchmarks.baselines.bloom_step import Shape, make_gemms, make_step
+
+GEMMS = "gemms alone"
+
+
+class RivalProcess:
+    """Holds one rival's model; steps when told, and tells seconds, peak memory, loss and gradients."""
+
+    def __init__(self, name: str, shape: Shape, weights: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(other, name, shape, weights, threads), daemon=True
+        )
+        self._process.start()
+        other.close()
+
+    def step(self) -> tuple[float, int]:
+        """Seconds of one forward and backward; bytes at its peak over what was held before the first."""
+        return self._ask("step")
+
+    def results(self) -> tuple[float, list[torch.Tensor]]:
+        """Loss and adapter gradients of the last step."""
+        return self._ask("results")
+
+    def _ask(self, question: str):
+        with contextlib.suppress(BrokenPipeError):  # a rival that failed has left its error to be read
+            self._pipe.send(question)
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection, name: str, shape: Shape, weights: Path, threads: int) -> None:
+    try:
+        torch.set_num_threads(threads)
+        if name == GEMMS:
+            step, trained = make_gemms(shape), []
+        else:
+            step, trained = make_step(name, shape, weights)
+            # Weights that were never read are not in memory yet, and would count as the step's own.
+            torch.from_file(str(weights), shared=True, size=weights.stat().st_size, dtype=torch.uint8).sum()
+        before = _memory("VmRSS")
+        loss = None
+        while True:
+            question = pipe.recv()
+            if question == "step":
+                Path("/proc/self/clear_refs").write_text("5")
+                start = time.perf_counter()
+                loss = step()
+                seconds = time.perf_counter() - start
+                pipe.send((seconds, _memory("VmHWM") - before))
+            else:
+                pipe.send((loss.item(), [value.grad.numpy() for value in trained]))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except Exception as error:
+        pipe.send(RuntimeError(f"{name}: {type(error).__name__}: {error}"))
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
