@@ -7,12 +7,12 @@ attend to all.
     python -m pytest benchmarks/test_bench_alibi_attention.py -s
 """
 
-import statistics
-import time
+import functools
 
 import pytest
 import torch
 
+from benchmarks import interleave
 from benchmarks.baselines import attention as baselines
 from lorakernels import alibi_attention, alibi_slopes
 from lorakernels.ops.alibi_attention.reference import alibi_attention_reference
@@ -20,8 +20,9 @@ from lorakernels.ops.lora_linear.check import error_bound, relative_error
 
 HEADS, WIDTH, LENGTH, THREADS, ROUNDS = 16, 64, 1024, 2, 9
 DOCUMENTS = (torch.arange(LENGTH)[None] * 4) // LENGTH
+EAGER = "eager (transformers)"
 WAYS = {
-    "eager (transformers)": baselines.eager,
+    EAGER: baselines.eager,
     "sdpa_with_bias": baselines.sdpa_with_bias,
     "sdpa_with_extra_dimension": baselines.sdpa_with_extra_dimension,
     "sdpa_by_block": baselines.sdpa_by_block,
@@ -30,37 +31,36 @@ WAYS = {
 }
 
 
+def step(function, fused: torch.Tensor, incoming: torch.Tensor, slopes: torch.Tensor) -> list[torch.Tensor]:
+    """The result [1, T, hidden] and the gradient of the fused projection."""
+    out = function(*(part.transpose(1, 2) for part in fused.unbind(3)), slopes).transpose(1, 2).flatten(2)
+    return [out.detach(), *torch.autograd.grad(out, fused, incoming)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_time(dtype):
+def test_time(benchmark, dtype):
     torch.set_num_threads(THREADS)
     torch.set_flush_denormal(True)
     generator = torch.Generator().manual_seed(0)
     fused = torch.randn(1, LENGTH, HEADS, 3, WIDTH, generator=generator).to(dtype).requires_grad_()
     incoming = torch.randn(1, LENGTH, HEADS * WIDTH, generator=generator).to(dtype)
     slopes = alibi_slopes(HEADS)
-    seconds = {way: [] for way in WAYS}
-    results = {}
-    for _ in range(ROUNDS):
-        for way, function in WAYS.items():
-            start = time.perf_counter()
-            out = function(*(part.transpose(1, 2) for part in fused.unbind(3)), slopes)
-            out = out.transpose(1, 2).flatten(2)
-            middle = time.perf_counter()
-            (gradient,) = torch.autograd.grad(out, fused, incoming)
-            seconds[way].append((middle - start, time.perf_counter() - middle))
-            results[way] = out.detach(), gradient
-    wide = fused.detach().double().requires_grad_()
-    parts = (part.transpose(1, 2) for part in wide.unbind(3))
-    out = alibi_attention_reference(*parts, slopes, bias_dtype=dtype).transpose(1, 2).flatten(2)
-    exact = out.detach(), *torch.autograd.grad(out, wide, incoming.double())
-    for got, plain, right in zip(
-        results["alibi_attention"], results["eager (transformers)"], exact, strict=True
-    ):
-        bound = error_bound(relative_error(plain, right), dtype, right.numel())
-        assert relative_error(got, right) <= bound
-    totals = {way: statistics.median(map(sum, times)) for way, times in seconds.items()}
-    for way, times in seconds.items():
-        forward, backward = (1e3 * statistics.median(part) for part in zip(*times, strict=True))
-        ratio = totals["eager (transformers)"] / totals[way]
-        print(f"\n{dtype} {way}: {forward:.1f} + {backward:.1f} ms, {ratio:.2f} x eager", end="")
-    print()
+    steps = {
+        way: functools.partial(step, function, fused, incoming, slopes) for way, function in WAYS.items()
+    }
+    oracle = functools.partial(alibi_attention_reference, bias_dtype=dtype)
+    exact = step(oracle, fused.detach().double().requires_grad_(), incoming.double(), slopes)
+    wrong = []
+    for got, plain, right in zip(steps["alibi_attention"](), steps[EAGER](), exact, strict=True):
+        error, bound = (
+            relative_error(got, right),
+            error_bound(relative_error(plain, right), dtype, right.numel()),
+        )
+        print(f"\n  relative error {error:.2g}, eager {relative_error(plain, right):.2g}", end="")
+        wrong += [f"{error:.2g} above {bound:.2g}"] if error > bound else []
+    interleave.require_right({"alibi_attention": wrong})
+    timings = interleave.measure(steps, floor=EAGER, rounds=ROUNDS)
+    print(f"\n{interleave.table(f'T={LENGTH} heads={HEADS} D={WIDTH} {dtype}', timings, EAGER)}")
+    benchmark.extra_info.update(interleave.environment())
+    benchmark.extra_info["ratios"] = {name: round(timing.ratio, 4) for name, timing in timings.items()}
+    benchmark.pedantic(steps["alibi_attention"], rounds=3)

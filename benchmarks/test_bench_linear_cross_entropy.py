@@ -6,20 +6,22 @@ process, in turn, medians. Memory: each way in a process of its own, the peak ov
     python -m pytest benchmarks/test_bench_linear_cross_entropy.py -s
 """
 
+import functools
 import multiprocessing
-import statistics
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import interleave
 from benchmarks.baselines.cross_entropy import full_logits, row_chunks
 from lorakernels import linear_cross_entropy
+from lorakernels.ops.lora_linear.check import relative_error
 
 VOCABULARY, WIDTH, THREADS = 250_880, 1024, 2
 WAYS = {"full_logits": full_logits, "row_chunks": row_chunks, "linear_cross_entropy": linear_cross_entropy}
 SIZES = [(512, torch.float32), (512, torch.bfloat16), (4096, torch.float32)]
+IDS = ["512-fp32", "512-bf16", "4096-fp32"]
 
 
 def make_problem(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,31 +58,25 @@ def peak_over_inputs(way: str, rows: int, dtype: torch.dtype) -> int:
     return memory_of("VmHWM") - before
 
 
-@pytest.mark.parametrize(("rows", "dtype"), SIZES, ids=["512-fp32", "512-bf16", "4096-fp32"])
-def test_time(rows, dtype):
+@pytest.mark.parametrize(("rows", "dtype"), SIZES, ids=IDS)
+def test_time(benchmark, rows, dtype):
     problem = make_problem(rows, dtype)
-    seconds = {way: [] for way in WAYS}
-    results = {}
-    for _ in range(5 if rows <= 512 else 3):
-        for way in WAYS:
-            start = time.perf_counter()
-            results[way] = step(way, *problem)
-            seconds[way].append(time.perf_counter() - start)
-    for got, plain in zip(results["linear_cross_entropy"], results["full_logits"], strict=True):
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        assert (got.double() - plain.double()).norm() <= tolerance * plain.double().norm()
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    steps = {way: functools.partial(step, way, *problem) for way in WAYS}
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    right = steps["full_logits"]()
+    errors = map(relative_error, steps["linear_cross_entropy"](), right)
+    wrong = [f"{error:.2g} from full_logits" for error in errors if error > tolerance]
+    interleave.require_right({"linear_cross_entropy": wrong})
+    timings = interleave.measure(steps, floor="full_logits", rounds=5 if rows <= 512 else 3, warmup=0)
     flops = 4 * rows * VOCABULARY * WIDTH
-    for way, median in medians.items():
-        print(
-            f"\n{rows} rows {dtype} {way}: {median:.2f} s, {flops / median / 1e9:.0f} GFLOP/s, "
-            f"{medians['full_logits'] / median:.2f} x full_logits",
-            end="",
-        )
-    print()
+    rate = flops / timings["linear_cross_entropy"].median_ms / 1e6
+    print(f"\n{interleave.table(f'{rows} rows {dtype}', timings, 'full_logits')}\n  {rate:.0f} GFLOP/s")
+    benchmark.extra_info.update(interleave.environment())
+    benchmark.extra_info["ratios"] = {name: round(timing.ratio, 4) for name, timing in timings.items()}
+    benchmark.pedantic(steps["linear_cross_entropy"], rounds=1)
 
 
-@pytest.mark.parametrize(("rows", "dtype"), SIZES, ids=["512-fp32", "512-bf16", "4096-fp32"])
+@pytest.mark.parametrize(("rows", "dtype"), SIZES, ids=IDS)
 def test_memory(rows, dtype):
     peaks = {}
     for way in WAYS:
