@@ -113,6 +113,8 @@ class FusedBloomModel(BloomModel):
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = self.word_embeddings_layernorm(hidden)
         slopes = alibi_slopes(self.num_heads, device=hidden.device)
+        if document_ids is not None and self.h[0]._compiled_call_impl is not None:
+            torch._dynamo.maybe_mark_dynamic(document_ids, 1)
         if eager:
             alibi, mask = _document_bias(slopes, document_ids, attention_mask, hidden.dtype)
         else:
@@ -121,6 +123,9 @@ class FusedBloomModel(BloomModel):
         every_hidden = [hidden]
         every_attention = []
         for block in self.h:
+            if block._compiled_call_impl is not None:
+                # Lengths vary from the first call on: one compilation for all, not one for the first.
+                torch._dynamo.maybe_mark_dynamic(hidden, 1)
             hidden, attention = block(
                 hidden, alibi=alibi, attention_mask=mask, layer_past=None, output_attentions=output_attentions
             )
@@ -233,6 +238,15 @@ def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str) -> None:
 def _keep_expensive(_context, operator, *_arguments, **_options) -> CheckpointPolicy:
     kept = (torch.ops.lorakernels.lora_linear_forward.default, torch.ops.lorakernels.alibi_attention.default)
     return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_blocks(model: BloomForCausalLM, **options) -> None:
+    """Compile one block and use it for all layers and lengths; ``options`` are torch.compile's.
+
+    The first block is a second compilation, since its input needs no gradient.
+    """
+    for block in model.transformer.h:
+        block.compile(**options)
 
 
 def shift_labels(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:

@@ -34,7 +34,7 @@ from bloomft.config import METRIC_SCHEDULES, Config, config_to_yaml, filename_pa
 from bloomft.data import PackedDataset, split_documents
 from bloomft.errors import UserError, run_command
 from bloomft.files import make_folder
-from bloomft.fused_model import checkpoint_blocks
+from bloomft.fused_model import checkpoint_blocks, compile_blocks
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
 from bloomft.patch import adapter_state, load_adapter_state
 from bloomft.run_log import RunLog, restore_kernel_choices
@@ -75,8 +75,7 @@ def train(config: Config) -> TrainResult:
     model = patch_base(base, config.model, device, dtype)
     checkpoint_blocks(model, config.train.gradient_checkpointing)
     if config.train.compile:
-        for block in model.transformer.h:
-            block.compile(dynamic=True)
+        compile_blocks(model)
 
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config)
