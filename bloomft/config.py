@@ -148,6 +148,7 @@ class TrainConfig:
     eval_every_n_steps: int = _key(
         500, "optimizer steps between held-out losses; 0 for the last step alone", at_least=0
     )
+    eval_max_batches: int = _key(100, "batches of held-out rows in an evaluation, at most", at_least=1)
     precision: str = _key(
         "auto",
         "dtype of the frozen base (adapters stay fp32); auto is bf16 on CUDA and fp32 on a CPU",

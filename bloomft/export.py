@@ -100,7 +100,11 @@ def _save_merged(config: Config, base: Base, model, folder: Path) -> MergeShift:
             model = unpatch_bloom(model, merge=True)
         with torch.no_grad():
             logits = model(probe.to(model.device), use_cache=False).logits.float()
-        loss = None if heldout is None else evaluate(model, heldout, config.train.batch_size)
+        loss = (
+            None
+            if heldout is None
+            else evaluate(model, heldout, config.train.batch_size, config.train.eval_max_batches)
+        )
         measured.append((logits, loss))
     (unmerged, unmerged_loss), (merged, merged_loss) = measured
     model.save_pretrained(folder)

@@ -6,6 +6,7 @@ that was never interrupted.
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import signal
 import time
@@ -111,6 +112,7 @@ def train(config: Config) -> TrainResult:
         )
 
     total = config.optim.scheduler.num_training_steps
+    max_eval = config.train.eval_max_batches
     batch_size, accumulate = config.train.batch_size, config.train.accumulate_grad_batches
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     eval_loss = None
@@ -118,7 +120,7 @@ def train(config: Config) -> TrainResult:
         for line in _describe(config, base, model, data, heldout, device, dtype, resume_path, step):
             log.message(line)
         if step == 0 and heldout is not None:
-            base_eval_loss = evaluate(model, heldout, batch_size)
+            base_eval_loss = evaluate(model, heldout, batch_size, max_eval)
             log.message(f"held-out loss of the base: {base_eval_loss:.4f}")
             log.board(0, eval_loss=base_eval_loss)
 
@@ -150,7 +152,16 @@ def train(config: Config) -> TrainResult:
 
             every = config.train.eval_every_n_steps
             evaluating = heldout is not None and (step == total or (every > 0 and step % every == 0))
-            if evaluating or step == total or step % config.train.log_every_n_steps == 0:
+            reporting = evaluating or step == total or step % config.train.log_every_n_steps == 0
+            saving = stop or step == total or step % config.train.save_every_n_train_steps == 0
+            if (reporting or saving) and not math.isfinite(
+                window_loss + (0 if scaler.is_enabled() else grad_norm)
+            ):
+                raise UserError(
+                    f"step {step}: loss {window_loss / window_labels}, gradient norm {grad_norm}; "
+                    f"{run_dir / LAST} keeps the last good state, if any; try a lower optim.optimizer.lr"
+                )
+            if reporting:
                 loss = window_loss.item() / window_labels
                 seconds = time.perf_counter() - window_start
                 values = {
@@ -162,26 +173,21 @@ def train(config: Config) -> TrainResult:
                     "supervised_share": done.labels / done.tokens,
                     "peak_memory_gib": peak_memory(device) / 2**30,
                 }
-                if not (math.isfinite(values["loss"]) and (scaler.is_enabled() or math.isfinite(grad_norm))):
-                    raise UserError(
-                        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
-                        f"{run_dir / LAST} keeps the last good state; try a lower optim.optimizer.lr"
-                    )
                 if evaluating:
-                    values["eval_loss"] = eval_loss = evaluate(model, heldout, batch_size)
+                    values["eval_loss"] = eval_loss = evaluate(model, heldout, batch_size, max_eval)
                     if follows_metric:
                         scheduler.step(eval_loss)
                 log.record(step, **values)
                 window_loss.zero_()
                 window_labels, done, window_start = 0, BatchCounts(), time.perf_counter()
 
-            if step == total or stop or step % config.train.save_every_n_train_steps == 0:
+            if saving:
                 log.sync()
                 save_checkpoint(snapshot(), run_dir, keep=not stop)
         if stop and step < total:
             log.message(f"stopped after step {step}; the same command goes on from there")
         elif eval_loss is None and heldout is not None:
-            eval_loss = evaluate(model, heldout, batch_size)
+            eval_loss = evaluate(model, heldout, batch_size, max_eval)
         log.message(f"{run_dir / LAST} holds step {step} of {total}")
     return TrainResult(step, base_eval_loss, eval_loss, run_dir)
 
@@ -254,12 +260,17 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> torch.op
 
 
 @torch.no_grad()
-def evaluate(model: BloomForCausalLM, rows: PackedDataset, batch_size: int) -> float:
-    """Held-out loss: mean over all labels of ``rows``, in nats a token. Leaves the model's mode as it was."""
+def evaluate(
+    model: BloomForCausalLM, rows: PackedDataset, batch_size: int, max_batches: int | None = None
+) -> float:
+    """Mean loss over the labels of ``rows``, or of its first ``max_batches`` batches, in nats a token.
+
+    Leaves the model's mode as it was.
+    """
     was_training = model.training
     model.eval()
     total, labels = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for batch in rows.eval_batches(batch_size):
+    for batch in itertools.islice(rows.eval_batches(batch_size), max_batches):
         labels += int((batch["labels"] != -100).sum())
         batch = _to_device(batch, model.device)
         total += model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss

@@ -159,6 +159,7 @@ def test_held_out_loss_is_the_mean_over_labels(settings, config_path):
                 count += int((targets != -100).sum())
     patched = patch_base(base, config.model, torch.device("cpu"), torch.float32)
     assert evaluate(patched, heldout, 3) == pytest.approx(total / count, rel=1e-5)
+    assert evaluate(patched, heldout, 3, 1) != pytest.approx(total / count, rel=1e-5)
 
 
 def test_vectors_get_no_weight_decay(settings, config_path):
@@ -179,9 +180,18 @@ def test_no_held_out_text(run):
     assert all("eval_loss" not in line for line in metrics(result.run_dir))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run):
-    with pytest.raises(UserError, match=r"keeps the last good state; try a lower optim.optimizer.lr"):
-        run(optim__optimizer__lr=1e30, train__gradient_clip_val=0.0)
+def test_a_loss_that_is_not_finite_stops_the_run(run, settings):
+    with pytest.raises(UserError, match=r"keeps the last good state, if any; try a lower optim.optimizer.lr"):
+        run(
+            optim__optimizer__lr=1e30,
+            train__gradient_clip_val=0.0,
+            train__log_every_n_steps=100,
+            train__eval_every_n_steps=0,
+            train__save_every_n_train_steps=1,
+        )
+    # Nothing but finite adapters was ever saved.
+    for path in Path(settings["train"]["output_dir"]).glob("*.ckpt"):
+        assert all(value.isfinite().all() for value in load_checkpoint(path).adapters.values())
 
 
 def test_a_finished_run_started_again_stays_as_it_is(run):
