@@ -8,7 +8,7 @@ import torch
 
 if not torch.cuda.is_available():
     # kernels look at it when they are decorated, so it must stand before any of them is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -18,8 +18,6 @@ from lorakernels.ops.lora_linear.reference import keep_mask, wide_dtype
 # Rows of a 16-bit operand that are widened at a time: bounds the float32 copy, long enough for full GEMM
 # speed.
 WIDEN_ROWS = 1024
-# Elements of dy per block of rows: the second product of a block finds it in a core's cache.
-BLOCK_ELEMENTS = 2**19
 
 
 def forward(
@@ -133,28 +131,14 @@ def _thin_gradients(
     """dS [M, r], the keep mask [M, K], dA and dB, each None where it is not needed."""
     need_x, need_a, need_b = needs
     ds = keep = da = db = None
-    on_cpu = dy.device.type == "cpu"
-    if on_cpu and need_b and (need_x or need_a) and dy.dtype == s.dtype:
-        ds, db = _both_products(dy, lora_b, s)
-    elif need_b:
-        db = _wide_product_over_rows(dy, s).to(lora_b.dtype)
     if need_x or need_a:
-        ds = _wide_product(dy, lora_b) if ds is None else ds
-        ds.mul_(scale / (1 - dropout_p))
+        ds = _wide_product(dy, lora_b).mul_(scale / (1 - dropout_p))
         keep = keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else None
     if need_a:
         da = _wide_product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
+    if need_b:
+        db = _wide_product_over_rows(dy, s).to(lora_b.dtype)
     return ds, keep, da, db
-
-
-def _both_products(dy: Tensor, lora_b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """dy·B [M, r] and dyᵀ·S [N, r], block by block of dy's rows."""
-    rows = max(1, BLOCK_ELEMENTS // dy.shape[1])
-    ds, db_t = torch.empty_like(s), torch.zeros_like(lora_b.T)
-    for block, ds_rows, s_rows in zip(dy.split(rows), ds.split(rows), s.split(rows), strict=True):
-        torch.mm(block, lora_b, out=ds_rows)
-        db_t.addmm_(s_rows.T, block)
-    return ds, db_t.T
 
 
 def _thin_with_bias(s: Tensor, lora_b: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,7 +172,8 @@ def _wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ [K, M] times b [M, r] in a's wide dtype, without a whole wide copy of a."""
     wide = wide_dtype(a.dtype)
     if a.dtype == wide:
-        return a.T @ b
+        # the few rows of bᵀ on the left: half the time of a.T @ b with MKL
+        return (b.T @ a).T
     if a.is_cuda:
         return _product_of_parts(a.T, b)
     out = torch.zeros(a.shape[1], b.shape[1], dtype=wide, device=a.device)

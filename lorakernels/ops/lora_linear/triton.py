@@ -68,10 +68,10 @@ DROPOUT_TILES = {
     2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 8, 4)),
     4: (Tile(64, 64, 32, 4, 3),),
 }
-# Tiles of the thin kernels: rows, columns (the side that is reduced or kept), warps, stages.
-SHRINK_TILE = Tile(64, 16, 64, 4, 3)
-BACKWARD_TILE = Tile(128, 64, 16, 8, 2)
-BACKWARD_A_TILE = Tile(64, 16, 128, 8, 2)
+# Tiles of the thin kernels by element size: rows, columns (the side that is reduced or kept), warps, stages.
+SHRINK_TILES = {2: Tile(64, 16, 64, 4, 3), 4: Tile(32, 16, 32, 4, 3)}
+BACKWARD_TILES = {2: Tile(128, 64, 16, 8, 2), 4: Tile(64, 32, 16, 8, 2)}
+BACKWARD_A_TILES = {2: Tile(64, 16, 128, 8, 2), 4: Tile(32, 16, 64, 8, 2)}
 REDUCE_ROWS = 64
 # Programs that a thin kernel aims at by splitting its sum: a constant, so that all devices add in one order.
 PROGRAMS = 256
@@ -149,7 +149,7 @@ def _shrink(x: Tensor, factor: Tensor, dropout_p: float, seed: Tensor) -> Tensor
     """Partial sums [splits, M, padded rank] of drop(x)·factorᵀ, x [M, K], factor [r, K]."""
     (m, k), rank = x.shape, factor.shape[0]
     block_r, padded = _rank_blocks(rank)
-    tile = SHRINK_TILE
+    tile = SHRINK_TILES[x.element_size()]
     blocks = triton.cdiv(m, tile.block_m) * (padded // block_r)
     splits, length = _split(k, tile.block_k, blocks)
     partial = torch.empty(splits, m, padded, dtype=torch.float32, device=x.device)
@@ -169,7 +169,7 @@ def _one_pass(dy: Tensor, factor: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Partial sums of dy·factor [splits, M, padded rank] and of dyᵀ·s [M blocks, N, padded rank]."""
     (m, n), rank = dy.shape, factor.shape[1]
     block_r, padded = _rank_blocks(rank)
-    tile = BACKWARD_TILE
+    tile = BACKWARD_TILES[dy.element_size()]
     blocks_m = triton.cdiv(m, tile.block_m)
     splits, length = _split(n, tile.block_n, blocks_m * (padded // block_r))
     ds = torch.empty(splits, m, padded, dtype=torch.float32, device=dy.device)
@@ -190,7 +190,7 @@ def _sum_over_rows(x: Tensor, ds: Tensor, dropout_p: float, seed: Tensor) -> Ten
     """Partial sums [splits, K, padded rank] of drop(x)ᵀ·ds."""
     (m, k), rank = x.shape, ds.shape[1]
     block_r, padded = _rank_blocks(rank)
-    tile = BACKWARD_A_TILE
+    tile = BACKWARD_A_TILES[x.element_size()]
     blocks = triton.cdiv(k, tile.block_k) * (padded // block_r)
     splits, length = _split(m, tile.block_m, blocks)
     partial = torch.empty(splits, k, padded, dtype=torch.float32, device=x.device)

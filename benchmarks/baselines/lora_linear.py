@@ -1,0 +1,76 @@
+"""The LoRA linear as others do it, each a function of x alone that autograd differentiates."""
+
+from collections.abc import Callable
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from lorakernels.ops.lora_linear.check import Problem
+from lorakernels.ops.lora_linear.reference import plain_lora_linear
+
+Layer = tuple[Callable[[Tensor], Tensor], list[Tensor]]
+
+
+def frozen(problem: Problem) -> Layer:
+    """The frozen linear alone: the floor."""
+    return (lambda x: nn.functional.linear(x, problem.weight, problem.bias)), []
+
+
+def plain(problem: Problem) -> Layer:
+    """The textbook expression."""
+    lora_a, lora_b = _leaves(problem)
+    return (lambda x: plain_lora_linear(x, problem.weight, problem.bias, lora_a, lora_b, problem.scale)), [
+        lora_a,
+        lora_b,
+    ]
+
+
+def peft_linear(problem: Problem, *, upcast_adapters: bool = True, compiled: bool = False) -> Layer:
+    """PEFT's LoRA layer; upcast_adapters is its default, adapters in float32."""
+    (n, k), rank = problem.weight.shape, problem.lora_a.shape[0]
+    base = nn.Linear(k, n, bias=problem.bias is not None, device="meta")
+    base.weight = nn.Parameter(problem.weight)
+    if problem.bias is not None:
+        base.bias = nn.Parameter(problem.bias)
+    config = peft.LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=upcast_adapters)
+    layer = model.base_model.model[0]
+    adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    with torch.no_grad():
+        for own, given in zip(adapters, (problem.lora_a, problem.lora_b), strict=True):
+            own.copy_(given)
+    return (torch.compile(layer) if compiled else layer), adapters
+
+
+class _InPlace(torch.autograd.Function):
+    """The vendor's GEMM, then addmm into the same memory, forward and backward; dy·B anew for each use."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
+        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        ctx.scale = scale
+        y = nn.functional.linear(x, weight, bias)
+        return y.addmm_(x @ lora_a.T.to(x.dtype), lora_b.T.to(x.dtype), alpha=scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, lora_a, lora_b = ctx.saved_tensors
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        dx = (dy @ weight).addmm_(dy @ b, a, alpha=ctx.scale)
+        da = ((dy @ b).T @ x).mul_(ctx.scale).to(lora_a.dtype)
+        db = (dy.T @ (x @ a.T)).mul_(ctx.scale).to(lora_b.dtype)
+        return dx, None, None, da, db, None
+
+
+def addmm_in_place(problem: Problem) -> Layer:
+    """The unfused fast path of LoRA libraries without a GEMM of their own."""
+    lora_a, lora_b = _leaves(problem)
+    return (lambda x: _InPlace.apply(x, problem.weight, problem.bias, lora_a, lora_b, problem.scale)), [
+        lora_a,
+        lora_b,
+    ]
+
+
+def _leaves(problem: Problem) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in (problem.lora_a, problem.lora_b)]
