@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-check clean
 
 # Fine-tune the embedded tiny BLOOM on READMEs, then show what it writes before and after.
 demo: $(VENV)/.installed
@@ -11,6 +11,15 @@ demo: $(VENV)/.installed
 # Every test; without a CUDA device the Triton kernels run under Triton's interpreter.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto tests
+
+# On a CUDA machine: every test on the GPU itself, then every benchmark, kept under the device's name.
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "gpu-check needs a CUDA device")'
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests
+	device=$$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))') && \
+	mkdir -p benchmarks/results/$$device && \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --full -s \
+		--benchmark-json=benchmarks/results/$$device/benchmarks.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         f'python -m bloomft.generate {CONFIG} last.ckpt --prompt "# My project"',
         f"python -m bloomft.export {CONFIG} last.ckpt",
     ):
-        console.print(f"  {command}", markup=False)
+        console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # kernels look at it when they are decorated, so it must stand before any of them is imported
-    os.environ["TRITON_INTERPRET"] = "1"
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
