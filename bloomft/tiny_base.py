@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import ByteLevelBPETokenizer
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
@@ -37,8 +38,8 @@ class TinyRecipe:
     n_head: int = 6
     sequence_length: int = 256  # tokens
     batch_size: int = 8  # rows
-    steps: int = 170
-    lr: float = 4e-3
+    steps: int = 110
+    lr: float = 8e-3
     weight_decay: float = 0.1
     seed: int = 0
 
@@ -135,12 +136,18 @@ def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> Non
     ]
     generator = torch.Generator().manual_seed(recipe.seed)
     model.train()
+    console = Console(stderr=True, highlight=False)
+    console.print(
+        f"pre-training builtin:tiny once: {recipe.steps} steps on {rows.numel():,} tokens of docstrings"
+    )
     columns = (
         TextColumn("pre-training builtin:tiny"),
         BarColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
     )
-    with Progress(*columns, TimeRemainingColumn(), disable=not sys.stderr.isatty()) as progress:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("", total=recipe.steps, loss=math.nan)
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(recipe.steps):
@@ -155,4 +162,5 @@ def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> Non
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
             progress.update(task, advance=1, loss=loss.item())
+    console.print(f"pre-trained: loss {loss.item():.3f}")
     model.eval()

@@ -79,7 +79,8 @@ def weight_gradient(
     """``sum over t of row_gradient[t] · (softmax - onehot)[t]ᵀ hidden[t]``, [V, H]; logits are made again."""
     dtype = statistics_dtype(hidden.dtype)
     compute = _product_dtype(weight)
-    states = hidden.to(compute)
+    # A 16-bit product would be rounded for each chunk of rows: the sum over rows is taken wide.
+    states, wide_states = hidden.to(compute), hidden.to(dtype)
     result = torch.empty_like(weight)
     columns = min(COLUMNS, len(weight))
     chunk = min(len(hidden), block_rows(columns, dtype))
@@ -94,7 +95,7 @@ def weight_gradient(
             logits = _product(states[part], block.T, buffer)
             weights = logits.sub_(shift[part]).exp_().mul_(scale[part])
             _put_label(weights, labels[part, None] - start, label_gradient[part])
-            _accumulate(gradient, weights.T, states[part])
+            gradient.addmm_(weights.T, wide_states[part])
         result[start:stop] = gradient
     return result
 
