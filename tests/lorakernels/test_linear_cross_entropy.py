@@ -112,6 +112,7 @@ def test_operator_against_float64(dtype, reduction):
 def test_operator_on_any_problem(
     rows, width, vocabulary, dtype, reduction, columns, chunk, sharpness, widens, seed, monkeypatch
 ):
+    widens |= rows < 4  # for the same reason, where logits are rounded to 16 bits
     monkeypatch.setattr(aten, "COLUMNS", columns)
     monkeypatch.setattr(aten, "BUFFER_BYTES", chunk * columns * 4)
     monkeypatch.setitem(cpu_gemm._widens, torch.bfloat16, widens)
