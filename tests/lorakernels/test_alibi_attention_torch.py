@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -49,7 +50,7 @@ def test_opcheck(dtype, documents):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_whole_and_once_for_every_length(compiler):
-    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
     for step, length in enumerate((7, 12, 70, 5)):
         problem = make_problem(length)
@@ -143,7 +144,7 @@ def test_flex_computes_the_same(dtype, documents, monkeypatch):
 
 
 def test_flex_is_one_graph_for_every_length():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(flex.masked_attention, fullgraph=True, backend=counter)
     for length in (130, 300, 700, 1000):
         fused, slopes, ids = make_problem(length)

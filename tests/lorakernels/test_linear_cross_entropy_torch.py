@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -55,7 +56,7 @@ def test_opcheck_of_the_backward():
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_whole_and_once_for_every_length(compiler):
-    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=counter)
     for step, rows in enumerate((7, 12, 33, 5)):
         hidden, weight, labels = make_problem(rows)
