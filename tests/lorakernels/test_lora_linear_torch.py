@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -58,7 +59,7 @@ def test_opcheck_of_the_backward(backend, needs, device):
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_compiles_whole_and_once_for_every_length(compiler, device):
     layer = make_layer(device)
-    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for step, rows in enumerate((7, 12, 33, 64, 5)):
         x = torch.randn(2, rows, 24, device=device)
