@@ -62,11 +62,11 @@ TILES = {
         Tile(64, 128, 64, 4, 3),
         Tile(128, 128, 32, 4, 4),
     ),
-    4: (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 3)),
+    4: (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
 }
 DROPOUT_TILES = {
     2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 8, 4)),
-    4: (Tile(64, 64, 32, 4, 3),),
+    4: (Tile(64, 64, 32, 4, 2),),
 }
 # Tiles of the thin kernels by element size: rows, columns (the side that is reduced or kept), warps, stages.
 SHRINK_TILES = {2: Tile(64, 16, 64, 4, 3), 4: Tile(32, 16, 32, 4, 3)}
