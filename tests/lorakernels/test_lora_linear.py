@@ -160,9 +160,13 @@ def compare_with(ours: LoRALinear, theirs: nn.Module, their_a, their_b, backend:
     y, their_y = ours(mine), theirs(other)
     y.backward(dy)
     their_y.backward(dy)
-    for got, expected in ((y, their_y), (mine.grad, other.grad), (ours.lora_a.grad, their_a.grad),
-                          (ours.lora_b.grad, their_b.grad)):  # fmt: skip
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    pairs = (
+        (y, their_y), (mine.grad, other.grad),
+        (ours.lora_a.grad, their_a.grad), (ours.lora_b.grad, their_b.grad),
+    )  # fmt: skip
+    for got, expected in pairs:
+        # by norm: elements that cancel to nothing differ by chance, one problem in fifteen at 1e-4 each
+        assert check.relative_error(got, expected) < 1e-6
 
 
 def test_the_check_catches_wrong_results(device):
