@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import process_memory
 from benchmarks.baselines.bloom_step import Shape, make_gemms, make_step
 
 GEMMS = "gemms alone"
@@ -56,24 +57,19 @@ def _serve(pipe: Connection, name: str, shape: Shape, weights: Path, threads: in
             step, trained = make_step(name, shape, weights)
             # Weights that were never read are not in memory yet, and would count as the step's own.
             torch.from_file(str(weights), shared=True, size=weights.stat().st_size, dtype=torch.uint8).sum()
-        before = _memory("VmRSS")
+        before = process_memory.resident()
         loss = None
         while True:
             question = pipe.recv()
             if question == "step":
-                Path("/proc/self/clear_refs").write_text("5")
+                process_memory.reset_peak()
                 start = time.perf_counter()
                 loss = step()
                 seconds = time.perf_counter() - start
-                pipe.send((seconds, _memory("VmHWM") - before))
+                pipe.send((seconds, process_memory.peak() - before))
             else:
                 pipe.send((loss.item(), [value.grad.numpy() for value in trained]))
     except (EOFError, KeyboardInterrupt):
         return
     except Exception as error:
         pipe.send(RuntimeError(f"{name}: {type(error).__name__}: {error}"))
-
-
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -8,12 +8,11 @@ process, in turn, medians. Memory: each way in a process of its own, the peak ov
 
 import functools
 import multiprocessing
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import interleave
+from benchmarks import interleave, process_memory
 from benchmarks.baselines.cross_entropy import full_logits, row_chunks
 from lorakernels import linear_cross_entropy
 from lorakernels.ops.lora_linear.check import relative_error
@@ -42,20 +41,14 @@ def step(way: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Ten
     return [loss.detach(), *torch.autograd.grad(loss, hidden)]
 
 
-def memory_of(name: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its highest since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
 def peak_over_inputs(way: str, rows: int, dtype: torch.dtype) -> int:
     """Bytes that one step takes at its peak beyond its inputs; to be called in a fresh process."""
     problem = make_problem(rows, dtype)
     step(way, problem[0][:8].detach().requires_grad_(), problem[1][:512], problem[2][:8] % 512)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory_of("VmRSS")
+    process_memory.reset_peak()
+    before = process_memory.resident()
     step(way, *problem)
-    return memory_of("VmHWM") - before
+    return process_memory.peak() - before
 
 
 @pytest.mark.parametrize(("rows", "dtype"), SIZES, ids=IDS)

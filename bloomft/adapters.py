@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from bloomft.config import LoraConfig
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
 from bloomft.patch import adapted_layers
@@ -46,8 +46,8 @@ def save_peft_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
     write_atomically(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_peft_config(folder: Path) -> dict[str, Any]:
-    """The ``adapter_config.json`` of a folder; `UserError` if it is none or asks for more than plain LoRA."""
+def load_peft_config(folder: Path) -> LoraConfig:
+    """What a folder's ``adapter_config.json`` says; `UserError` if it is none or no plain LoRA."""
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def load_peft_config(folder: Path) -> dict[str, Any]:
     targets = [targets] if isinstance(targets, str) else list(targets or [])
     if len(targets) != 1:
         raise UserError(f"{path}: one target module expected, found {targets}")
-    return {"lora_dim": r, "lora_scale": alpha / r, "attention_layer_name": targets[0]}
+    return LoraConfig(lora_dim=r, lora_scale=alpha / r, attention_layer_name=targets[0])
 
 
 def load_peft_adapter(model: nn.Module, folder: Path) -> None:

@@ -18,7 +18,7 @@ from bloomft.config import Config, LoraConfig
 from bloomft.errors import UserError, run_command
 from bloomft.files import folder_written_aside
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
-from bloomft.patch import load_adapter_state, unpatch_bloom
+from bloomft.patch import fuse_bloom, load_adapter_state, unfuse_bloom, unpatch_bloom
 from bloomft.runtime import pick_device, setup_process
 from bloomft.train import evaluate, load_data
 
@@ -97,7 +97,8 @@ def _save_merged(config: Config, base: Base, model, folder: Path) -> MergeShift:
     measured = []
     for merging in (False, True):
         if merging:
-            model = unpatch_bloom(model, merge=True)
+            # Fused again while it is measured: plain transformers knows no documents and would ignore them.
+            model = fuse_bloom(unpatch_bloom(model, merge=True).requires_grad_(False))
         with torch.no_grad():
             logits = model(probe.to(model.device), use_cache=False).logits.float()
         loss = (
@@ -107,7 +108,7 @@ def _save_merged(config: Config, base: Base, model, folder: Path) -> MergeShift:
         )
         measured.append((logits, loss))
     (unmerged, unmerged_loss), (merged, merged_loss) = measured
-    model.save_pretrained(folder)
+    unfuse_bloom(model).save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
     return MergeShift(
         (merged - unmerged).abs().max().item(), unmerged.abs().max().item(), unmerged_loss, merged_loss

@@ -13,9 +13,8 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomForCausalLM, BloomMLP, BloomModel
 
+from bloomft.data import IGNORE_INDEX
 from lorakernels import alibi_attention, alibi_slopes, frozen_linear, linear_cross_entropy
-
-IGNORE_INDEX = -100
 
 
 class _FusedInputs(NamedTuple):

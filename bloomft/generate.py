@@ -102,12 +102,8 @@ def _load_folder(folder: str, device: str) -> tuple[BloomForCausalLM, PreTrained
 
 
 def _load_adapter_folder(config: Config, folder: Path) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
-    lora = load_peft_config(folder)
+    shape = ModelConfig(config.model.transformer, load_peft_config(folder))
     base = load_base(config.model.transformer)
-    shape = ModelConfig(transformer=config.model.transformer)
-    shape.lora.lora_dim = lora["lora_dim"]
-    shape.lora.lora_scale = lora["lora_scale"]
-    shape.lora.attention_layer_name = lora["attention_layer_name"]
     model = patch_base(base, shape, pick_device(config.train.device), base.dtype)
     load_peft_adapter(model, folder)
     return model.eval(), base.tokenizer

@@ -42,6 +42,7 @@ from bloomft.documents import (
     read_documents,
 )
 from bloomft.errors import UserError
+from bloomft.files import sync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -305,7 +306,7 @@ def _write_cache(folder: Path, files: Sequence[Path], tokenizer_json: str, eos: 
         json.dump(meta, file)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
     if progress:
         seconds = time.perf_counter() - started
         rate = f"{meta['num_tokens']:,} tokens in {seconds:.1f} s"
@@ -433,7 +434,7 @@ def _publish(partial: Path, folder: Path) -> TokenCache:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
         else:
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
             return ours
         theirs = _open_cache(folder)
         if theirs is not None:
@@ -442,14 +443,6 @@ def _publish(partial: Path, folder: Path) -> TokenCache:
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, damaged / "damaged")
         shutil.rmtree(damaged, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM
 
 from bloomft.adapters import load_peft_adapter, load_peft_config
 from bloomft.checkpoint import load_checkpoint
-from bloomft.config import load_config
+from bloomft.config import LoraConfig, load_config
 from bloomft.errors import UserError
 from bloomft.export import export, main, restore
 from bloomft.model import load_base
@@ -69,6 +69,15 @@ def test_merged_and_peft_agree_with_the_trained_model(trained, base_folder, tmp_
         )
 
 
+def test_merging_in_float32_leaves_the_loss_of_packed_documents(trained, tmp_path):
+    path, run_dir = trained
+    # Several documents in a held-out row: a merged model that attended across them would show here.
+    config = load_config(path, ["data.heldout_fraction=0.5", "data.max_length=128"])
+    shift = export(config, run_dir / "last.ckpt", tmp_path / "out", "merged")
+    assert shift.merged_loss == pytest.approx(shift.unmerged_loss, rel=1e-6)
+    assert shift.logits < 1e-4 * shift.logits_scale
+
+
 def test_half_precision_base_is_merged_in_float32_and_kept_in_its_dtype(
     settings, config_path, base_folder, tmp_path
 ):
@@ -115,7 +124,7 @@ def test_our_own_reader_of_peft_s_format(trained, tmp_path):
     path, run_dir = trained
     main([str(path), "last.ckpt", "--format", "adapter"])
     lora = load_peft_config(run_dir / "adapter")
-    assert lora == {"lora_dim": 4, "lora_scale": 2.0, "attention_layer_name": "query_key_value"}
+    assert lora == LoraConfig(lora_dim=4, lora_scale=2.0, attention_layer_name="query_key_value")
     model = patch_bloom(load_base(load_config(path).model.transformer).model, r=4, scale=2.0)
     load_peft_adapter(model, run_dir / "adapter")
     state = load_checkpoint(run_dir / "last.ckpt").adapters

@@ -24,14 +24,6 @@ REPEATABLE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_problem(shape, dtype, *, seed=0, documents=0.0, sharpness=1.0):
     """query, key, value as views of a fused projection, slopes, document ids and the result's gradient."""
     batch, heads, length, width = shape

@@ -14,13 +14,10 @@ from lorakernels.ops.alibi_attention.slopes import document_starts
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_fresh_compiler():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def make_problem(length, batch=2, heads=3, width=8, dtype=torch.float32):

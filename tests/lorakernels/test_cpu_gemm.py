@@ -10,14 +10,6 @@ from lorakernels import cpu_gemm
 from lorakernels.ops.lora_linear.check import error_bound, relative_error
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def results_of(function, x, weight, bias, incoming):
     x = x.detach().requires_grad_()
     y = function(x, weight, bias)

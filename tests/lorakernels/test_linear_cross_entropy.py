@@ -23,14 +23,6 @@ REPEATABLE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_problem(rows, width, vocabulary, dtype, *, seed=0, ignored=0.2, sharpness=2.0, device="cpu"):
     """hidden, weight and labels; a sharpness of 2 spreads the logits by about 2."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,13 +11,10 @@ from lorakernels import linear_cross_entropy
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_fresh_compiler():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def make_problem(rows, width=16, vocabulary=300, dtype=torch.float32):
