@@ -184,10 +184,8 @@ def _wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == wide:
         groups = a.unflatten(1, (CPU_GROUPS, -1)).transpose(0, 1)
         return torch.bmm(b.T.expand(CPU_GROUPS, -1, -1), groups).transpose(0, 1).flatten(1).T
-    out = torch.zeros(a.shape[1], b.shape[1], dtype=wide, device=a.device)
-    for block, rows in zip(a.split(WIDEN_ROWS), b.split(WIDEN_ROWS), strict=True):
-        out.addmm_(block.to(wide).T, rows)
-    return out
+    blocks = zip(a.split(WIDEN_ROWS), b.split(WIDEN_ROWS), strict=True)
+    return sum(_wide_product_over_rows(block.to(wide), rows) for block, rows in blocks)
 
 
 def _product_of_parts(a: Tensor, b: Tensor) -> Tensor:
