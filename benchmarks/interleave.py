@@ -2,16 +2,25 @@
 
 A machine that slows down for a while slows all rivals of that round alike, so a ratio of two rivals is taken
 within each round and its median reported. Numerics come first: require_right() stops while a result is wrong.
+On a GPU every turn starts with a flushed L2 cache and is timed by events.
 """
 
+import itertools
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
+
+# Rivals with several phases (forward, backward) are also timed as a whole, under this name.
+WHOLE = "both"
+ONLY = "step"
+FLUSH_BYTES = 256 * 2**20
+
+Step = Callable[[], object] | Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -30,27 +39,68 @@ def require_right(failures: Mapping[str, list[str]]) -> None:
     assert not wrong, f"no speed is printed while results are wrong: {wrong}"
 
 
-def measure(
-    rivals: Mapping[str, Callable[[], object]],
+def compare(
+    benchmark,
+    rivals: Mapping[str, Step],
     *,
     floor: str,
     rounds: int,
+    title: str,
     warmup: int = 2,
     device: str = "cpu",
-) -> dict[str, Timing]:
-    """Time every rival in turn, rounds times after untimed ones; each round starts with another rival."""
-    names = list(rivals)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(warmup + rounds):
-        first = turn % len(names)
+    **extra: object,
+) -> dict[str, dict[str, Timing]]:
+    """Time every rival in turn, each round starting with another one; print, and keep in extra_info.
+
+    A rival is a function, or its phases in order. pytest-benchmark's own figures are those of whole rounds.
+    extra joins extra_info. Returns the timings by phase and rival.
+    """
+    steps = {name: {ONLY: step} if callable(step) else dict(step) for name, step in rivals.items()}
+    names = list(steps)
+    taken: list[dict[str, dict[str, float]]] = []
+    flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device == "cuda" else None
+
+    def turn() -> None:
+        first = len(taken) % len(names)
+        taken.append({})
         for name in names[first:] + names[:first]:
-            _synchronize(device)
-            start = time.perf_counter()
-            rivals[name]()
-            _synchronize(device)
-            if turn >= warmup:
-                samples[name].append(1e3 * (time.perf_counter() - start))
-    return {name: _timing(samples[name], samples[floor]) for name in names}
+            if flushed is not None:
+                flushed.zero_()
+            taken[-1][name] = _time(steps[name], device)
+
+    benchmark.pedantic(turn, rounds=rounds, warmup_rounds=warmup)
+    counted = taken[min(warmup, len(taken) - 1) :]
+    samples = {
+        phase: {name: [one[name][phase] for one in counted] for name in names} for phase in counted[0][floor]
+    }
+    return record(benchmark, samples, floor=floor, title=title, device=device, **extra)
+
+
+def record(
+    benchmark,
+    samples: Mapping[str, Mapping[str, list[float]]],
+    *,
+    floor: str,
+    title: str,
+    device: str = "cpu",
+    **extra: object,
+) -> dict[str, dict[str, Timing]]:
+    """Print milliseconds by phase and rival, and keep them with the environment in extra_info."""
+    phases = {
+        phase: {name: _timing(own, by_rival[floor]) for name, own in by_rival.items()}
+        for phase, by_rival in samples.items()
+    }
+    for phase, timings in phases.items():
+        print(f"\n{table(title if phase == ONLY else f'{title}, {phase}', timings, floor)}", end="")
+    print()
+    stored = {
+        phase: {name: _rounded(asdict(one)) for name, one in timings.items()}
+        for phase, timings in phases.items()
+    }
+    benchmark.extra_info.update(
+        environment=environment(device), title=title, floor=floor, phases=stored, **extra
+    )
+    return phases
 
 
 def table(title: str, timings: Mapping[str, Timing], floor: str) -> str:
@@ -66,17 +116,48 @@ def table(title: str, timings: Mapping[str, Timing], floor: str) -> str:
     return "\n".join(lines)
 
 
-def environment(device: str = "cpu") -> dict[str, str | int]:
-    """What a figure was measured on, for pytest-benchmark's extra_info."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+def environment(device: str = "cpu") -> dict[str, str | int | float]:
+    """What a figure was measured on."""
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
     }
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _time(phases: Mapping[str, Callable[[], object]], device: str) -> dict[str, float]:
+    """Milliseconds of each phase and, where there are several, of the whole."""
+    marks = [_now(device)]
+    for function in phases.values():
+        function()
+        marks.append(_now(device))
+    if device == "cuda":
+        torch.cuda.synchronize()
+        laps = [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
+    else:
+        laps = [1e3 * (end - start) for start, end in itertools.pairwise(marks)]
+    milliseconds = dict(zip(phases, laps, strict=True))
+    return milliseconds if len(phases) == 1 else {**milliseconds, WHOLE: sum(laps)}
+
+
+def _now(device: str):
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _timing(samples: list[float], floor: list[float]) -> Timing:
@@ -87,18 +168,13 @@ def _timing(samples: list[float], floor: list[float]) -> Timing:
 
 
 def _quartiles(samples: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(samples, n=4)
+    if len(samples) == 1:
+        return samples[0], samples[0]
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
     return low, high
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, tuple) else round(value, 4)

@@ -1,5 +1,7 @@
-"""Memory of this process, as Linux counts it."""
+"""Memory of a process, as Linux counts it, and of a function in a fresh one."""
 
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -16,6 +18,20 @@ def peak() -> int:
 def reset_peak() -> None:
     """Start a new peak at what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_over(step: Callable[[], object]) -> int:
+    """Bytes that step takes at its peak beyond what this process holds before it."""
+    reset_peak()
+    before = resident()
+    step()
+    return peak() - before
+
+
+def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
+    """What function, importable, returns in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def _read(name: str) -> int:

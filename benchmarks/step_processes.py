@@ -15,24 +15,32 @@ GEMMS = "gemms alone"
 
 
 class RivalProcess:
-    """Holds one rival's model; steps when told, and tells seconds, peak memory, loss and gradients."""
+    """Holds one rival's model; steps when told, and tells seconds, peak memory, loss and gradients.
+
+    The process starts, and takes an untimed step, when it is first asked, and again after close().
+    """
 
     def __init__(self, name: str, shape: Shape, weights: Path, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(other, name, shape, weights, threads), daemon=True
-        )
-        self._process.start()
-        other.close()
+        self._arguments = (name, shape, weights, threads)
+        self._process = None
 
     def step(self) -> tuple[float, int]:
         """Seconds of one forward and backward; bytes at its peak over what was held before the first."""
+        if self._process is None:
+            self._start()
+            self._ask("step")
         return self._ask("step")
 
     def results(self) -> tuple[float, list[torch.Tensor]]:
         """Loss and adapter gradients of the last step."""
         return self._ask("results")
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, *self._arguments), daemon=True)
+        self._process.start()
+        other.close()
 
     def _ask(self, question: str):
         with contextlib.suppress(BrokenPipeError):  # a rival that failed has left its error to be read
@@ -43,9 +51,11 @@ class RivalProcess:
         return answer
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.join()
+        """End the process and give its memory back."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
 
 
 def _serve(pipe: Connection, name: str, shape: Shape, weights: Path, threads: int) -> None:

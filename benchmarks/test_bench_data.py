@@ -11,12 +11,15 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import interleave
 from bloomft.data import PackedDataset, pack_lengths
 from bloomft.documents import ReadReport
 from bloomft.token_cache import TokenCache, build_token_cache
 
 TEXT_BYTES = 4_000_000
 MAX_LENGTH = 2048
+OURS, ONE_BY_ONE, BISECT = "bloomft", "transformers, one by one", "best fit with bisect"
+SLICES = "slices without boundaries"
 
 
 def best_fit_with_bisect(lengths, capacity):
@@ -69,9 +72,8 @@ def tokenizer(sources):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
-@pytest.mark.benchmark(group="tokenize")
-@pytest.mark.parametrize("way", ["token_cache", "transformers_one_by_one", "token_cache_again"])
-def test_tokenize(benchmark, sources, tokenizer, tmp_path, way):
+@pytest.mark.benchmark(group="data")
+def test_tokenize(benchmark, sources, tokenizer, tmp_path):
     folder, texts = sources
     fresh = (tmp_path / f"cache{number}" for number in itertools.count())
 
@@ -82,14 +84,16 @@ def test_tokenize(benchmark, sources, tokenizer, tmp_path, way):
         ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], 0] for text in texts]
         return np.concatenate([np.array(document, np.uint16) for document in ids])
 
-    assert np.array_equal(with_cache(tmp_path / "first"), one_by_one())
-    if way == "token_cache":
-        tokens = benchmark.pedantic(with_cache, setup=lambda: ((next(fresh),), {}), rounds=3)
-    elif way == "token_cache_again":
-        tokens = benchmark.pedantic(with_cache, args=(tmp_path / "first",), rounds=3)
-    else:
-        tokens = benchmark.pedantic(one_by_one, rounds=3)
-    benchmark.extra_info["tokens_per_second"] = len(tokens) / benchmark.stats["median"]
+    tokens, expected = with_cache(tmp_path / "first"), one_by_one()
+    interleave.require_right({OURS: [] if np.array_equal(tokens, expected) else ["other tokens"]})
+    rivals = {
+        ONE_BY_ONE: one_by_one,
+        OURS: lambda: with_cache(next(fresh)),
+        f"{OURS}, cache kept": lambda: with_cache(tmp_path / "first"),
+    }
+    counts = {"unit": "tokens", "number": len(tokens)}
+    title = f"text to {len(tokens)} tokens"
+    interleave.compare(benchmark, rivals, floor=ONE_BY_ONE, rounds=3, warmup=1, title=title, counts=counts)
 
 
 @pytest.fixture(scope="module")
@@ -98,27 +102,27 @@ def lengths():
     return np.sort(np.clip(drawn, 2, MAX_LENGTH))[::-1].copy()
 
 
-@pytest.mark.benchmark(group="pack")
-@pytest.mark.parametrize("pack", [pack_lengths, best_fit_with_bisect])
-def test_pack(benchmark, lengths, pack):
-    ours, rival = pack_lengths(lengths, MAX_LENGTH), best_fit_with_bisect(lengths, MAX_LENGTH)
-    assert np.array_equal(*(np.sort(np.bincount(rows, weights=lengths)) for rows in (ours, rival)))
-    benchmark.pedantic(pack, args=(lengths, MAX_LENGTH), rounds=3)
-    benchmark.extra_info["pieces_per_second"] = len(lengths) / benchmark.stats["median"]
+@pytest.mark.benchmark(group="data")
+def test_pack(benchmark, lengths):
+    ours, plain = pack_lengths(lengths, MAX_LENGTH), best_fit_with_bisect(lengths, MAX_LENGTH)
+    filled = [np.sort(np.bincount(rows, weights=lengths)) for rows in (ours, plain)]
+    interleave.require_right({OURS: [] if np.array_equal(*filled) else ["rows filled otherwise"]})
+    rivals = {
+        BISECT: lambda: best_fit_with_bisect(lengths, MAX_LENGTH),
+        OURS: lambda: pack_lengths(lengths, MAX_LENGTH),
+    }
+    counts = {"unit": "pieces", "number": len(lengths)}
+    title = f"{len(lengths)} lengths to rows"
+    interleave.compare(benchmark, rivals, floor=BISECT, rounds=3, title=title, counts=counts)
 
 
-@pytest.mark.benchmark(group="batch")
-@pytest.mark.parametrize("way", ["packed", "slices_without_boundaries"])
-def test_batch(benchmark, lengths, way):
-    torch.set_num_threads(1)
+@pytest.mark.benchmark(group="data")
+def test_batch(benchmark, lengths):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = (np.arange(offsets[-1]) % 65_521).astype(np.uint16)
     cache = TokenCache(tokens, offsets, np.zeros(len(lengths), np.int64), ReadReport())
     dataset = PackedDataset(cache, np.arange(len(lengths)), MAX_LENGTH, pad_token_id=3, random_state=0)
     numbers = itertools.count()
-
-    def packed():
-        return dataset.batch(next(numbers), 8)
 
     def slices():
         """The floor: whole rows of the corpus as they come, no labels masked, no documents told apart."""
@@ -126,10 +130,13 @@ def test_batch(benchmark, lengths, way):
         rows = tokens[start : start + 8 * MAX_LENGTH].reshape(8, MAX_LENGTH).astype(np.int64)
         return {"input_ids": torch.from_numpy(rows), "labels": torch.from_numpy(rows.copy())}
 
-    assert dataset.num_supervised_tokens == len(tokens) - len(lengths)
     batch = dataset.batch(0, 8)
     is_label = batch["labels"][:, 1:] != -100
     steps = batch["input_ids"].diff() % 65_521
-    assert (steps[is_label] == 1).all(), "a label follows the token before it in the corpus"
-    benchmark.pedantic(packed if way == "packed" else slices, rounds=50, warmup_rounds=5)
-    benchmark.extra_info["tokens_per_second"] = 8 * MAX_LENGTH / benchmark.stats["median"]
+    wrong = [] if (steps[is_label] == 1).all() else ["a label that does not follow its token in the corpus"]
+    wrong += [] if dataset.num_supervised_tokens == len(tokens) - len(lengths) else ["labels are missing"]
+    interleave.require_right({OURS: wrong})
+    rivals = {SLICES: slices, OURS: lambda: dataset.batch(next(numbers), 8)}
+    counts = {"unit": "tokens", "number": 8 * MAX_LENGTH}
+    title = f"batches of 8 x {MAX_LENGTH} tokens"
+    interleave.compare(benchmark, rivals, floor=SLICES, rounds=50, title=title, counts=counts)

@@ -37,7 +37,7 @@ from bloomft.errors import UserError, run_command
 from bloomft.files import make_folder
 from bloomft.fused_model import checkpoint_blocks, compile_blocks
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
-from bloomft.patch import adapter_state, load_adapter_state
+from bloomft.patch import adapted_layers, adapter_state, load_adapter_state
 from bloomft.run_log import RunLog, restore_kernel_choices
 from bloomft.runtime import pick_device, pick_dtype, setup_process
 from bloomft.token_cache import build_token_cache
@@ -125,6 +125,9 @@ def train(config: Config) -> TrainResult:
             log.board(0, eval_loss=base_eval_loss)
 
         model.train()
+        for layer in adapted_layers(model).values():
+            layer.prepare(batch_size * config.data.max_length)
+        log.record_kernels()
         done, window_start = BatchCounts(), time.perf_counter()
         while step < total and not stop:
             batches = [data.batch(position + i, batch_size) for i in range(accumulate)]

@@ -2,53 +2,45 @@
 
 A CPU without matrix units for bfloat16 multiplies float32 about twice as fast, and casting a block of the
 weight costs far less than the difference: the block is cast into a reused buffer that stays in cache. Which
-of the two is faster is measured once for each dtype and thread count. Both accumulate in float32.
+of the two is faster is measured once for each dtype and thread count, by `dispatch`. Both accumulate in
+float32.
 """
 
-import time
+import functools
 from collections.abc import Iterator
 
 import torch
 
-__all__ = ["frozen_linear", "multiply_frozen", "multiply_frozen_grad", "weight_blocks", "widens"]
+from lorakernels import dispatch
+from lorakernels.dispatch import Implementation
+
+__all__ = [
+    "frozen_linear",
+    "multiply_frozen",
+    "multiply_frozen_grad",
+    "precision_problem",
+    "weight_blocks",
+    "widens",
+]
 
 BLOCK_BYTES = 16 * 2**20
-PROBE_ROWS, PROBE_SIZE, PROBE_REPEATS = 512, 1024, 3
-# float32 is the more precise, so a 16-bit product must win by more than the noise of a busy machine
-ADVANTAGE = 1.5
-_widens: dict[torch.dtype, bool] = {}
+PROBE_ROWS, PROBE_SIZE = 512, 1024
 
 
 def widens(dtype: torch.dtype) -> bool:
     """Whether products with CPU weights of this dtype are made in float32: a measurement, then remembered.
 
-    The first call for a 16-bit dtype times both ways, in turn, on a 512 x 1024 x 1024 product, three times
-    (some 50 ms), and keeps the answer for the life of the process. 16 bits win if their fastest time is 1.5
-    times as fast, as with matrix units for bfloat16. False for other dtypes, which are never cast.
+    False for dtypes of more than 16 bits, which are never cast.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return False
-    if dtype not in _widens:
-        wide, narrow = _times(dtype)
-        _widens[dtype] = wide < ADVANTAGE * narrow
-    return _widens[dtype]
+    return dispatch.choose(precision_problem(dtype), (WIDE, NARROW), functools.partial(_Trial, dtype)) is WIDE
 
 
-def _times(dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of the product in float32, cast included, and in dtype."""
-    x = torch.ones(PROBE_ROWS, PROBE_SIZE)
-    weight = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype)
-    block, out, narrow_x = torch.empty(PROBE_SIZE, PROBE_SIZE), torch.empty_like(x), x.to(dtype)
-    narrow_out = torch.empty_like(narrow_x)
-    wide, narrow = [], []
-    for _ in range(PROBE_REPEATS):
-        start = time.perf_counter()
-        torch.mm(x, block.copy_(weight).T, out=out)
-        middle = time.perf_counter()
-        torch.mm(narrow_x, weight.T, out=narrow_out)
-        wide.append(middle - start)
-        narrow.append(time.perf_counter() - middle)
-    return min(wide), min(narrow)
+def precision_problem(dtype: torch.dtype) -> str:
+    """What `dispatch` remembers the choice for dtype under."""
+    device = dispatch.device_name(torch.device("cpu"))
+    return f"frozen products on {device}, {dispatch.dtype_name(dtype)} weights"
 
 
 def weight_blocks(
@@ -72,8 +64,15 @@ def _block_rows(weight: torch.Tensor) -> int:
 
 def multiply_frozen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias`` outside autograd: x [M, K], weight [N, K], bias [N] -> [M, N]."""
-    if not widens(weight.dtype):
-        return torch.nn.functional.linear(x, weight, bias)
+    return (WIDE if widens(weight.dtype) else NARROW).forward(x, weight, bias)
+
+
+def multiply_frozen_grad(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``dy @ weight``, the gradient of x in `multiply_frozen`: dy [M, N], weight [N, K] -> [M, K]."""
+    return (WIDE if widens(weight.dtype) else NARROW).backward(dy, weight)
+
+
+def _wide(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     wide_x = x.float()
     out = torch.empty(len(x), len(weight), dtype=x.dtype)
     for start, stop, block in weight_blocks(weight, _block_rows(weight), torch.float32):
@@ -84,14 +83,43 @@ def multiply_frozen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return out
 
 
-def multiply_frozen_grad(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``dy @ weight``, the gradient of x in `multiply_frozen`: dy [M, N], weight [N, K] -> [M, K]."""
-    if not widens(weight.dtype):
-        return dy @ weight
+def _wide_grad(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     dx = dy.new_zeros(len(dy), weight.shape[1], dtype=torch.float32)
     for start, stop, block in weight_blocks(weight, _block_rows(weight), torch.float32):
         dx.addmm_(dy[:, start:stop].float(), block)
     return dx.to(dy.dtype)
+
+
+# float32 is the baseline: the more precise of the two
+WIDE = Implementation("float32", _wide, _wide_grad)
+NARROW = Implementation("16 bits", torch.nn.functional.linear, torch.matmul)
+
+
+class _Trial:
+    """A frozen layer of normal numbers, forward and backward."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x, self.weight = (
+            torch.randn(rows, PROBE_SIZE, generator=generator).to(dtype) for rows in (PROBE_ROWS, PROBE_SIZE)
+        )
+
+    def run(self, implementation: Implementation) -> tuple[torch.Tensor, torch.Tensor]:
+        y = implementation.forward(self.x, self.weight, None)
+        return y, implementation.backward(y, self.weight)
+
+    def failures(self, implementation: Implementation) -> list[str]:
+        y, dx = self.run(implementation)
+        wide = self.weight.double()
+        pairs = {"y": (y, self.x.double() @ wide.T), "dx": (dx, y.double() @ wide)}
+        # both round a float32 sum once to dtype, by at most eps / 2 of each element
+        bound = torch.finfo(self.weight.dtype).eps
+        errors = {
+            name: float((got.double() - exact).norm() / exact.norm()) for name, (got, exact) in pairs.items()
+        }
+        return [f"{name}: relative error {error:.3g}" for name, error in errors.items() if not error <= bound]
 
 
 @torch.library.custom_op("lorakernels::frozen_linear", mutates_args=(), device_types="cpu")

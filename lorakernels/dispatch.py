@@ -131,6 +131,18 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def device_name(device: torch.device) -> str:
+    """The device as problems name it; of a CPU what its speed depends on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}) with {torch.get_num_threads()} threads"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def forced_backend() -> str | None:
     """The value of LORAKERNELS_BACKEND, None where it is unset, empty or "auto"."""
     name = os.environ.get("LORAKERNELS_BACKEND", "")
@@ -204,9 +216,9 @@ def _disk_path() -> Path:
 
 @functools.cache
 def _versions() -> str:
-    """What a measured time depends on besides the problem: torch, triton and the sources of the operators."""
+    """What a measured time depends on besides the problem: torch, triton and this package's sources."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("ops/**/*.py")):
+    for path in sorted(Path(__file__).parent.glob("**/*.py")):
         digest.update(path.read_bytes())
     try:
         from triton import __version__ as triton_version

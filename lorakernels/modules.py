@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakernels.ops.lora_linear import lora_linear
+from lorakernels.ops.lora_linear.implementations import select
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,24 @@ class LoRALinear(nn.Module):
             dropout_p=self.dropout_p,
             training=self.training,
             backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def prepare(self, rows: int) -> None:
+        """Choose the implementation for inputs of `rows` rows in all, x [..., K] in the weight's dtype, now.
+
+        Without it a new problem is measured in its first forward, which under torch.compile is in the middle
+        of a compiled step. Nothing happens where there is one way only, or the choice is known.
+        """
+        x = self.weight.new_empty(rows, self.in_features)
+        select(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_a,
+            self.scale,
+            self.dropout_p if self.training else 0.0,
+            self.backend,
         )
 
     def full_lora_b(self) -> Tensor:

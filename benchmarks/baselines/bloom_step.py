@@ -94,6 +94,11 @@ def with_peft(model: BloomForCausalLM, *, upcast_adapters: bool = True) -> nn.Mo
     return peft.get_peft_model(model, config, autocast_adapter_dtype=upcast_adapters)
 
 
+def with_peft_not_upcast(model: BloomForCausalLM) -> nn.Module:
+    """PEFT's adapters in the base's dtype."""
+    return with_peft(model, upcast_adapters=False)
+
+
 def _swap(model: nn.Module, classes: dict[type, type]) -> None:
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))
@@ -124,7 +129,8 @@ def _lora_without_feed_forward(model: BloomForCausalLM) -> nn.Module:
     return model
 
 
-def _ours(model: BloomForCausalLM) -> nn.Module:
+def with_bloomft(model: BloomForCausalLM) -> nn.Module:
+    """This project's model."""
     return patch_bloom(model, RANK, SCALE)
 
 
@@ -139,10 +145,11 @@ class Rival:
 RIVALS = {
     "peft as installed": Rival(with_peft, settings=False),
     "peft, our settings": Rival(with_peft, settings=True),
+    "peft, adapters not upcast": Rival(with_peft_not_upcast, settings=True),
     "+ attention": Rival(_peft_with_attention, settings=True),
     "+ loss": Rival(_peft_with_attention_and_loss, settings=True),
     "+ lora_linear": Rival(_lora_without_feed_forward, settings=True),
-    "bloomft": Rival(_ours, settings=True),
+    "bloomft": Rival(with_bloomft, settings=True),
 }
 
 
@@ -153,16 +160,22 @@ def adapters(model: nn.Module) -> list[Tensor]:
     return [value for name, value in model.named_parameters() if "lora_" in name]
 
 
+def fill_adapters(model: nn.Module) -> list[Tensor]:
+    """`adapters`, set to the same small numbers whoever made them."""
+    generator = torch.Generator().manual_seed(2)
+    found = adapters(model)
+    with torch.no_grad():
+        for value in found:
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.02)
+    return found
+
+
 def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A function that runs forward and backward and returns the loss; the adapters whose .grad it fills."""
     if RIVALS[name].settings:
         setup_process()
     model = RIVALS[name].build(load_base(shape, weights))
-    generator = torch.Generator().manual_seed(2)
-    trained = adapters(model)
-    with torch.no_grad():
-        for value in trained:
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.02)
+    trained = fill_adapters(model)
     batch = shape.batch()
 
     def step() -> Tensor:
@@ -175,11 +188,11 @@ def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tens
     return step, trained
 
 
-def gemms(shape: Shape) -> list[tuple[str, int, int, int, int]]:
-    """(name, M, K, N, times) of every product that the step cannot do without, forward and backward.
+def gemms(shape: Shape, head: bool = True) -> list[tuple[str, int, int, int, int]]:
+    """(name, M, K, N, times) of every product that the step, with or without its head, cannot do without.
 
-    A frozen layer has two, y = x·Wᵀ and dx = dy·W; the first query_key_value has no dx. Attention's own
-    products and the adapters' are left out: they are small, and a floor may be low, not high.
+    A frozen layer has two, y = x·Wᵀ and dx = dy·W; in a whole model the first query_key_value has no dx.
+    Attention's own products and the adapters' are left out: they are small, and a floor may be low, not high.
     """
     M, H, L = shape.tokens, shape.hidden_size, shape.layers
     rows = shape.tokens - max(1, shape.masked)
@@ -188,16 +201,17 @@ def gemms(shape: Shape) -> list[tuple[str, int, int, int, int]]:
     listed = []
     for name, K, N in pairs:
         listed.append((f"{name} forward", M, K, N, L))
-        listed.append((f"{name} backward", M, N, K, L - (name == "query_key_value")))
-    listed.append(("head forward", rows, H, shape.vocab_size, 1))
-    listed.append(("head backward", rows, shape.vocab_size, H, 1))
+        listed.append((f"{name} backward", M, N, K, L - (head and name == "query_key_value")))
+    if head:
+        listed.append(("head forward", rows, H, shape.vocab_size, 1))
+        listed.append(("head backward", rows, shape.vocab_size, H, 1))
     return listed
 
 
-def make_gemms(shape: Shape) -> Callable[[], None]:
+def make_gemms(shape: Shape, head: bool = True) -> Callable[[], None]:
     """A function that computes `gemms` and nothing else, the head in chunks of 512 rows, in float32."""
     products = []
-    for name, M, K, N, times in gemms(shape):
+    for name, M, K, N, times in gemms(shape, head):
         chunk = min(M, 512) if name.startswith("head") else M
         weight = torch.full((N, K), 0.01)
         x, out = torch.ones(chunk, K), torch.empty(chunk, N)
@@ -215,9 +229,9 @@ def make_gemms(shape: Shape) -> Callable[[], None]:
     return run
 
 
-def total_flops(shape: Shape) -> float:
+def total_flops(shape: Shape, head: bool = True) -> float:
     """FLOPs of `gemms`."""
-    return float(sum(2 * M * K * N * times for _, M, K, N, times in gemms(shape)))
+    return float(sum(2 * M * K * N * times for _, M, K, N, times in gemms(shape, head)))
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory:

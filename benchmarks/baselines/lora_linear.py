@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import loralib
 import peft
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,31 @@ def peft_linear(problem: Problem, *, upcast_adapters: bool = True, compiled: boo
     return (torch.compile(layer) if compiled else layer), adapters
 
 
+def peft_without_upcast(problem: Problem) -> Layer:
+    """PEFT with autocast_adapter_dtype=False: adapters in the base's dtype."""
+    return peft_linear(problem, upcast_adapters=False)
+
+
+def peft_compiled(problem: Problem) -> Layer:
+    """PEFT under torch.compile."""
+    return peft_linear(problem, compiled=True)
+
+
+def loralib_linear(problem: Problem) -> Layer:
+    """loralib's layer, whose adapters have the base's dtype."""
+    (n, k), rank = problem.weight.shape, problem.lora_a.shape[0]
+    layer = loralib.Linear(
+        k, n, r=rank, lora_alpha=problem.scale * rank, merge_weights=False, bias=problem.bias is not None
+    ).to(problem.weight)
+    with torch.no_grad():
+        layer.lora_A.copy_(problem.lora_a)
+        layer.lora_B.copy_(problem.lora_b)
+    layer.weight.data = problem.weight
+    if problem.bias is not None:
+        layer.bias.requires_grad_(False).data = problem.bias
+    return layer, [layer.lora_A, layer.lora_B]
+
+
 class _InPlace(torch.autograd.Function):
     """The vendor's GEMM, then addmm into the same memory, forward and backward; dy·B anew for each use."""
 
@@ -64,7 +90,8 @@ class _InPlace(torch.autograd.Function):
 
 
 def addmm_in_place(problem: Problem) -> Layer:
-    """The unfused fast path of LoRA libraries without a GEMM of their own."""
+    """The unfused fast path of LoRA libraries without a GEMM of their own; unsloth publishes this form, which
+    is re-implemented here since the package itself runs on a GPU only."""
     lora_a, lora_b = _leaves(problem)
     return (lambda x: _InPlace.apply(x, problem.weight, problem.bias, lora_a, lora_b, problem.scale)), [
         lora_a,

@@ -12,6 +12,7 @@ from bloomft.config import SCHEDULES, load_config
 from bloomft.errors import UserError
 from bloomft.model import load_base, patch_base
 from bloomft.train import evaluate, load_data, make_optimizer, train
+from lorakernels import dispatch
 
 
 def metrics(run: str | Path) -> list[dict]:
@@ -58,6 +59,29 @@ def test_a_run_learns_and_leaves_what_it_promises(run):
     names = {path.name for path in result.run_dir.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "last.ckpt", "step-3.ckpt", "step-30.ckpt", "log"} <= names
     assert not [name for name in names if name.startswith(".")]
+
+
+def test_a_16_bit_run_records_its_choices_and_goes_on_with_them(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAKERNELS_CACHE_DIR", str(tmp_path / "choices"))
+    dispatch.forget()
+    half = run(train__precision="bf16", optim__scheduler__num_training_steps=3)
+    recorded = json.loads((half.run_dir / "kernels.json").read_text())
+    assert {problem.split(" on ")[0] for problem in recorded} == {"lora_linear", "frozen products"}
+    dispatch.forget()
+    # another choice on disk and in the run: the run's counts
+    other = {
+        problem: {
+            **choice,
+            "winner": next(name for name in choice["milliseconds"] if name != choice["winner"]),
+        }
+        for problem, choice in recorded.items()
+    }
+    (half.run_dir / "kernels.json").write_text(json.dumps(other))
+    run(train__precision="bf16", optim__scheduler__num_training_steps=4)
+    assert {problem: dispatch.choices()[problem]["winner"] for problem in other} == {
+        problem: choice["winner"] for problem, choice in other.items()
+    }
+    dispatch.forget()
 
 
 def test_the_checkpoint_holds_adapters_and_never_the_base(run):

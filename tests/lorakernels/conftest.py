@@ -1,7 +1,7 @@
 """Triton's interpreter where there is no GPU, mended for bfloat16; torch.empty poisoned with NaN."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -87,6 +87,19 @@ def own_dispatch_cache(
     dispatch.forget()
     yield
     dispatch.forget()
+
+
+@pytest.fixture
+def choose_precision() -> Callable[[bool], None]:
+    """A call that says, in place of the measurement, whether 16-bit CPU products are made in float32."""
+    from lorakernels import cpu_gemm, dispatch
+
+    def choose(widens: bool) -> None:
+        winner = cpu_gemm.WIDE if widens else cpu_gemm.NARROW
+        problems = map(cpu_gemm.precision_problem, (torch.bfloat16, torch.float16))
+        dispatch.use_choices({problem: {"winner": winner.name} for problem in problems})
+
+    return choose
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from lorakernels import cpu_gemm
+from lorakernels import cpu_gemm, dispatch
+from lorakernels.dispatch import Implementation
 from lorakernels.ops.lora_linear.check import error_bound, relative_error
 
 
@@ -25,9 +26,9 @@ def results_of(function, x, weight, bias, incoming):
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
     bias=st.booleans(), widens=st.booleans(), block=st.integers(1, 20_000), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_against_float64(leading, n, k, dtype, bias, widens, block, seed, monkeypatch):
+def test_against_float64(leading, n, k, dtype, bias, widens, block, seed, monkeypatch, choose_precision):
     monkeypatch.setattr(cpu_gemm, "BLOCK_BYTES", block)
-    monkeypatch.setattr(cpu_gemm, "_widens", dict.fromkeys([torch.bfloat16, torch.float16], widens))
+    choose_precision(widens)
     generator = torch.Generator().manual_seed(seed)
     x, weight, offset, incoming = (
         torch.randn(*shape, generator=generator).to(dtype)
@@ -59,18 +60,30 @@ def test_only_the_weight_is_saved():
     assert [tensor.data_ptr() for tensor in kept] == [weight.data_ptr()]
 
 
-@pytest.mark.parametrize(("times", "expected"), [((1.0, 2.0), True), ((1.4, 1.0), True), ((1.6, 1.0), False)])
-def test_16_bits_must_win_clearly_and_are_measured_once(times, expected, monkeypatch):
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_faster_precision_is_measured_once_and_recorded(faster, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAKERNELS_CACHE_DIR", str(tmp_path))
     measured = []
-    monkeypatch.setattr(cpu_gemm, "_times", lambda dtype: measured.append(dtype) or times)
-    monkeypatch.setattr(cpu_gemm, "_widens", {})
-    assert [cpu_gemm.widens(torch.bfloat16) for _ in range(3)] == [expected] * 3
+
+    def seconds(trial, candidate):
+        trial.run(candidate)
+        measured.append(candidate)
+        return 1.0 if (candidate is cpu_gemm.WIDE) == faster else 2.0
+
+    monkeypatch.setattr(dispatch, "_time", seconds)
+    assert [cpu_gemm.widens(torch.bfloat16) for _ in range(3)] == [faster] * 3
+    assert len(measured) == 2 * dispatch.ROUNDS
+    assert list(dispatch.choices()) == [cpu_gemm.precision_problem(torch.bfloat16)]
     assert not cpu_gemm.widens(torch.float32)
-    assert measured == [torch.bfloat16]
 
 
-def test_the_probe_measures():
-    assert all(seconds > 0 for seconds in cpu_gemm._times(torch.bfloat16))
+def test_a_wrong_precision_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAKERNELS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        cpu_gemm, "NARROW", Implementation("16 bits", lambda x, w, b: x @ w.T + 1, torch.matmul)
+    )
+    with pytest.warns(UserWarning, match="16 bits is not used for frozen products.*y: relative error"):
+        assert cpu_gemm.widens(torch.bfloat16)
 
 
 def test_errors_name_the_argument():

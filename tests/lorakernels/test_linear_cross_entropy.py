@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.baselines.cross_entropy import full_logits
-from lorakernels import cpu_gemm, linear_cross_entropy
+from lorakernels import linear_cross_entropy
 from lorakernels.ops.linear_cross_entropy import aten
 from lorakernels.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 from lorakernels.ops.lora_linear.check import error_bound, relative_error
@@ -102,13 +102,23 @@ def test_operator_against_float64(dtype, reduction):
     widens=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_operator_on_any_problem(
-    rows, width, vocabulary, dtype, reduction, columns, chunk, sharpness, widens, seed, monkeypatch
+    rows,
+    width,
+    vocabulary,
+    dtype,
+    reduction,
+    columns,
+    chunk,
+    sharpness,
+    widens,
+    seed,
+    monkeypatch,
+    choose_precision,
 ):
     widens |= rows < 4  # for the same reason, where logits are rounded to 16 bits
     monkeypatch.setattr(aten, "COLUMNS", columns)
     monkeypatch.setattr(aten, "BUFFER_BYTES", chunk * columns * 4)
-    monkeypatch.setitem(cpu_gemm._widens, torch.bfloat16, widens)
-    monkeypatch.setitem(cpu_gemm._widens, torch.float16, widens)
+    choose_precision(widens)
     problem = make_problem(rows, width, vocabulary, dtype, seed=seed, sharpness=sharpness)
     problem[2][0] = 0
     results = results_of(linear_cross_entropy, *problem, reduction)

@@ -1,14 +1,12 @@
 """Values and gradients of every backend against float64, PEFT and loralib; wrong ones are caught."""
 
-import loralib
-import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from lorakernels import LoRALinear, lora_linear
+from benchmarks.baselines import lora_linear as baselines
+from lorakernels import lora_linear
 from lorakernels.ops.lora_linear import check
 
 BACKENDS = ("reference", "aten", "triton")
@@ -152,45 +150,18 @@ def test_caller_tensors_stay_as_they_are(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+@pytest.mark.parametrize("library", [baselines.peft_linear, baselines.loralib_linear])
 @pytest.mark.parametrize("backend", ["aten", "triton"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_those_of_peft(backend, bias, device):
-    base = nn.Linear(48, 80, bias=bias, device=device)
-    model = nn.Sequential(base)
-    config = peft.LoraConfig(r=8, lora_alpha=32, target_modules=["0"], init_lora_weights=False)
-    theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
-    ours = LoRALinear.from_linear(model[0] if isinstance(model[0], nn.Linear) else base, 8, 4.0)
-    compare_with(ours, theirs, theirs.lora_A["default"].weight, theirs.lora_B["default"].weight, backend)
-
-
-@pytest.mark.parametrize("backend", ["aten", "triton"])
-def test_values_and_gradients_are_those_of_loralib(backend, device):
-    theirs = loralib.Linear(48, 80, r=6, lora_alpha=9, merge_weights=False).to(device)
-    nn.init.normal_(theirs.lora_B)
-    base = nn.Linear(48, 80, device=device)
-    base.load_state_dict({"weight": theirs.weight.data, "bias": theirs.bias.data})
-    compare_with(LoRALinear.from_linear(base, 6, 1.5), theirs, theirs.lora_A, theirs.lora_B, backend)
-
-
-def compare_with(ours: LoRALinear, theirs: nn.Module, their_a, their_b, backend: str) -> None:
-    """Same output and gradients as another library's module with the same adapters."""
-    ours.backend = backend
-    with torch.no_grad():
-        ours.lora_a.copy_(their_a)
-        ours.lora_b.copy_(their_b)
-    x = torch.randn(3, 11, ours.in_features, device=ours.weight.device)
-    dy = torch.randn(3, 11, ours.out_features, device=ours.weight.device)
-    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, their_y = ours(mine), theirs(other)
-    y.backward(dy)
-    their_y.backward(dy)
-    pairs = (
-        (y, their_y), (mine.grad, other.grad),
-        (ours.lora_a.grad, their_a.grad), (ours.lora_b.grad, their_b.grad),
-    )  # fmt: skip
-    for got, expected in pairs:
+def test_values_and_gradients_are_those_of_other_libraries(library, backend, bias, device):
+    problem = make_problem(33, 80, 48, 6, torch.float32, torch.float32, bias=bias, device=device)
+    theirs, adapters = library(problem)
+    x = problem.x.clone().requires_grad_()
+    y = theirs(x)
+    expected = [y.detach(), *torch.autograd.grad(y, [x, *adapters], problem.dy)]
+    for name, got, their in zip(check.RESULTS, results_of(problem, backend), expected, strict=True):
         # by norm: elements that cancel to nothing differ by chance, one problem in fifteen at 1e-4 each
-        assert check.relative_error(got, expected) < 1e-6
+        assert check.relative_error(got, their) < 1e-6, name
 
 
 def test_the_check_catches_wrong_results(device):

@@ -63,8 +63,13 @@ def select(
         return chosen[0]
     rank = lora_a.shape[0]
     bucket = 1 << max(0, x.shape[0] - 1).bit_length()
+    device, dtype, adapters = (
+        dispatch.device_name(x.device),
+        dispatch.dtype_name(x.dtype),
+        dispatch.dtype_name(lora_a.dtype),
+    )
     problem = (
-        f"lora_linear on {_device_name(x.device)}, {_name(x.dtype)} with {_name(lora_a.dtype)} adapters, "
+        f"lora_linear on {device}, {dtype} with {adapters} adapters, "
         f"M<={bucket} N={weight.shape[0]} K={weight.shape[1]} r={rank}"
         f"{'' if weight.stride(1) == 1 else ', weight stored by columns'}"
         f"{', dropout' if dropout_p else ''}{'' if backend == 'auto' else f', {backend} only'}"
@@ -141,13 +146,3 @@ def _interpreting() -> bool:
     from triton import knobs
 
     return knobs.runtime.interpret
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.get_num_threads()} threads"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

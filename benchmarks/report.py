@@ -1,0 +1,186 @@
+"""python -m benchmarks.report [JSON ...] [--compare OLD.json]: tables and pictures of stored benchmarks.
+
+JSON files are those of ``pytest benchmarks --benchmark-only --benchmark-json=FILE``; without one, those under
+benchmarks/results/<machine>. Where two files hold the same case the later one counts. Writes report.md and
+the pictures beside the first file, and the README's figures between their two marks. With --compare nothing
+is written: a case of ours whose ratio has left the noise for the worse is listed, and the exit status is 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import interleave, plots
+from benchmarks.interleave import ONLY, WHOLE
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+AOT_TABLE = RESULTS / "aot.txt"
+OURS = ("lorakernels", "bloomft")
+BEGIN, END = "<!-- figures: python -m benchmarks.report -->\n", "<!-- end of figures -->\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report, or compare; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("json", nargs="*", type=Path, help="files of pytest-benchmark")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD", help="an earlier file to hold the ratios against"
+    )
+    options = parser.parse_args(arguments)
+    paths = options.json or sorted((RESULTS / machine_folder()).glob("*.json"))
+    if not paths:
+        parser.error(f"no JSON given, and none under {RESULTS / machine_folder()}")
+    cases = read_cases(paths)
+    if options.compare:
+        worse = list(regressions(read_cases([options.compare]), cases))
+        print("\n".join(worse) or "no ratio of ours has left the noise for the worse")
+        return 1 if worse else 0
+    folder = paths[0].parent
+    pictures = plots.draw(cases, folder)
+    (folder / "report.md").write_text(report(cases, pictures), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(with_figures(readme.read_text("utf-8"), cases, pictures, folder), encoding="utf-8")
+    print(f"{folder / 'report.md'}, {', '.join(pictures)} and the README's figures are written")
+    return 0
+
+
+def machine_folder() -> str:
+    """The name that results of this machine are kept under."""
+    environment = interleave.environment()
+    return f"{environment['device']}-{environment['cores']}-cores".replace(" ", "-")
+
+
+def read_cases(paths: Sequence[Path]) -> dict[str, dict]:
+    """extra_info of every stored benchmark, with its group, by test id without its file."""
+    cases = {}
+    for path in paths:
+        for one in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
+            if "phases" in one["extra_info"]:
+                cases[one["name"]] = {"group": one["group"], **one["extra_info"]}
+    return dict(sorted(cases.items(), key=lambda item: (item[1]["group"], item[0])))
+
+
+def is_ours(name: str) -> bool:
+    """Whether a rival is this project."""
+    return name.startswith(OURS)
+
+
+def whole(case: dict) -> dict[str, dict]:
+    """Timings by rival of all phases together."""
+    return case["phases"].get(WHOLE) or case["phases"][ONLY]
+
+
+def regressions(old: dict[str, dict], new: dict[str, dict]) -> Iterator[str]:
+    """One line for each ratio of ours whose lower quartile is above the old one's upper quartile."""
+    for name in old.keys() & new.keys():
+        for phase, timings in new[name]["phases"].items():
+            for rival, timing in timings.items():
+                before = old[name]["phases"].get(phase, {}).get(rival)
+                if before is None or not is_ours(rival):
+                    continue
+                if timing["ratio_quartiles"][0] > before["ratio_quartiles"][1]:
+                    yield (
+                        f"{name}, {phase}, {rival}: {timing['ratio']:.3f} of {new[name]['floor']}, "
+                        f"was {before['ratio']:.3f} [{before['ratio_quartiles'][0]:.3f} "
+                        f"{before['ratio_quartiles'][1]:.3f}]"
+                    )
+
+
+def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
+    """Every case, every rival, every phase; then what was computed and not measured."""
+    machines = sorted({_machine(case) for case in cases.values()})
+    lines = [
+        "# Benchmarks",
+        "",
+        "Medians of interleaved rounds with quartiles; ratios are taken within each ",
+    ]
+    lines[-1] += "round. Every case was checked against its reference before it was timed."
+    lines += ["", *(f"Measured on {machine}." for machine in machines), ""]
+    lines += [f"![{Path(name).stem}]({name})" for name in pictures]
+    group = None
+    for name, case in cases.items():
+        if case["group"] != group:
+            group = case["group"]
+            lines += ["", f"## {group}"]
+        lines += ["", f"### {case['title']}", "", f"`{name}`, ratios to {case['floor']}", ""]
+        lines += ["| phase | implementation | ms | ratio | peak memory |", "|---|---|---|---|---|"]
+        for phase, timings in case["phases"].items():
+            for rival, timing in timings.items():
+                lines.append(
+                    f"| {phase} | {rival} | {_spread(timing, '_ms', 2)} | {_spread(timing, '', 3)} | "
+                    f"{_memory(case, rival)} |"
+                )
+        if "counts" in case:
+            number, unit = case["counts"]["number"], case["counts"]["unit"]
+            rates = (
+                f"{rival} {1e3 * number / timing['median_ms']:,.0f}" for rival, timing in whole(case).items()
+            )
+            lines += ["", f"{unit} a second: {', '.join(rates)}"]
+    if AOT_TABLE.exists():
+        lines += [
+            "",
+            "## Computed, not measured",
+            "",
+            "Kernels compiled for absent chips, and the least times ",
+        ]
+        lines[-1] += "that their published peaks allow: `python -m lorakernels.aot`. No GPU was timed."
+        lines += ["", "```text", AOT_TABLE.read_text(encoding="utf-8").rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def with_figures(readme: str, cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> str:
+    """The README with its figures, between the two marks, made anew; ValueError without the marks."""
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md: expected the marks {BEGIN.strip()} and {END.strip()}")
+    return head + BEGIN + figures(cases, pictures, folder.resolve().relative_to(ROOT)) + END + tail
+
+
+def figures(cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> str:
+    """One line a case: ours against its rivals, as times theirs takes ours."""
+    machines = "; ".join(sorted({_machine(case) for case in cases.values()}))
+    lines = [
+        f"Measured on {machines}. A ratio is the rival's time over ours, medians of interleaved rounds;",
+        f"[every figure with its spread]({folder}/report.md).",
+        "",
+    ]
+    lines += ["| what | ours | rivals: times as long | peak memory: ours, theirs |", "|---|---|---|---|"]
+    for case in cases.values():
+        ours = next((name for name in whole(case) if is_ours(name)), None)
+        if ours is None:
+            continue
+        own = whole(case)[ours]["median_ms"]
+        others = [
+            f"{name} {timing['median_ms'] / own:.2f}"
+            for name, timing in whole(case).items()
+            if not is_ours(name)
+        ]
+        peaks = [_memory(case, ours)]
+        peaks += [f"{name} {_memory(case, name)}" for name in case.get("memory", {}) if not is_ours(name)]
+        lines.append(f"| {case['title']} | {own:.1f} ms | {'; '.join(others)} | {'; '.join(peaks).strip()} |")
+    lines += ["", *(f"![{Path(name).stem}]({folder}/{name})" for name in pictures)]
+    return "\n".join(lines) + "\n"
+
+
+def _machine(case: dict) -> str:
+    environment = case["environment"]
+    return f"{environment['device']}, {environment['cores']} cores, torch {environment['torch']}"
+
+
+def _spread(timing: dict, suffix: str, digits: int) -> str:
+    middle = timing["median_ms" if suffix else "ratio"]
+    low, high = timing["quartiles_ms" if suffix else "ratio_quartiles"]
+    return f"{middle:.{digits}f} [{low:.{digits}f} {high:.{digits}f}]"
+
+
+def _memory(case: dict, rival: str) -> str:
+    peak = case.get("memory", {}).get(rival)
+    return "" if peak is None else f"{peak / 2**20:,.0f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

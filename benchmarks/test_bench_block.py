@@ -1,0 +1,104 @@
+"""One BLOOM block, forward and backward, adapters on query_key_value: 1 x 1,024 tokens of BLOOM-560m's shape.
+
+    python -m pytest benchmarks/test_bench_block.py --benchmark-only -s [--full]
+
+A model of one block between its two layer norms, fed with embeddings that want a gradient. The floor is the
+block's frozen products alone. --full adds both sides under torch.compile.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import interleave, process_memory
+from benchmarks.baselines import bloom_step
+from bloomft.fused_model import compile_blocks
+from bloomft.runtime import setup_process
+from lorakernels.ops.lora_linear.check import error_bound, relative_error
+
+SHAPE = bloom_step.Shape(layers=1, vocab_size=512)
+FLOOR, OURS, PEFT = "its products alone", "bloomft", "PEFT"
+RESULTS = ("out", "dembeddings", "dA", "dB")
+
+
+def compiled_peft(model) -> nn.Module:
+    """PEFT's model with its block compiled."""
+    model = bloom_step.with_peft(model)
+    model.base_model.model.transformer.h[0].compile()
+    return model
+
+
+def compiled_ours(model) -> nn.Module:
+    """Our model with its block compiled."""
+    model = bloom_step.with_bloomft(model)
+    compile_blocks(model)
+    return model
+
+
+BUILDERS = {
+    PEFT: bloom_step.with_peft,
+    OURS: bloom_step.with_bloomft,
+    "PEFT compiled": compiled_peft,
+    "bloomft compiled": compiled_ours,
+}
+
+
+class Step:
+    """Forward and backward of the decoder, dtype by choice, with the same weights and adapters everywhere."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
+        with bloom_step.scratch_folder() as folder:
+            weights = bloom_step.write_weights(SHAPE, Path(folder))
+            model = BUILDERS[name](bloom_step.load_base(SHAPE, weights))
+        self.adapters = bloom_step.fill_adapters(model)
+        model.to(dtype)
+        generator = torch.Generator().manual_seed(3)
+        size = (1, SHAPE.tokens, SHAPE.hidden_size)
+        self.embeddings = torch.randn(size, generator=generator).to(dtype).requires_grad_()
+        self.incoming = torch.randn(size, generator=generator).to(dtype)
+        self.decoder = next(one for one in model.modules() if isinstance(one, bloom_step.BloomModel))
+
+    def results(self) -> list[torch.Tensor]:
+        """The output and the gradients of the embeddings, lora_a and lora_b."""
+        out = self.decoder(inputs_embeds=self.embeddings).last_hidden_state
+        return [out.detach(), *torch.autograd.grad(out, [self.embeddings, *self.adapters], self.incoming)]
+
+
+def peak_over_weights(name: str) -> int:
+    """Bytes of one forward and backward; for a fresh process."""
+    setup_process()
+    return process_memory.peak_over(Step(name).results)
+
+
+@pytest.mark.benchmark(group="block")
+def test_block(benchmark, full):
+    names = list(BUILDERS) if full else [PEFT, OURS]
+    steps = {name: Step(name) for name in names}
+    exact = Step(PEFT, torch.float64).results()
+    wrong, errors = {}, {}
+    plain = steps[PEFT].results()
+    for name in names:
+        wrong[name] = []
+        for result, got, near, right in zip(RESULTS, steps[name].results(), plain, exact, strict=True):
+            error = relative_error(got, right)
+            bound = error_bound(relative_error(near, right), torch.float32, right.numel())
+            errors[f"{name}, {result}"] = error
+            wrong[name] += [f"{result}: {error:.2g} above {bound:.2g}"] if not error <= bound else []
+    interleave.require_right({name: wrong[name] for name in names if name.startswith(OURS)})
+    memory = {name: process_memory.in_fresh_process(peak_over_weights, name) for name in (PEFT, OURS)}
+    interleave.compare(
+        benchmark,
+        {
+            FLOOR: bloom_step.make_gemms(SHAPE, head=False),
+            **{name: step.results for name, step in steps.items()},
+        },
+        floor=FLOOR,
+        rounds=9,
+        title=f"one block, 1 x {SHAPE.tokens} tokens, hidden {SHAPE.hidden_size}, float32",
+        case={"T": SHAPE.tokens, "hidden": SHAPE.hidden_size},
+        errors=errors,
+        memory=memory,
+        flops={FLOOR: bloom_step.total_flops(SHAPE, head=False)},
+    )

@@ -1,0 +1,34 @@
+"""The machine's two limits, which the report's roofline is drawn from: products and copies.
+
+python -m pytest benchmarks/test_bench_machine.py --benchmark-only -s
+"""
+
+import pytest
+import torch
+
+from benchmarks import interleave
+from lorakernels.ops.lora_linear.check import relative_error
+
+SIZE, COPIED_BYTES = 2048, 256 * 2**20
+PRODUCT, COPY = "square product", "copy"
+
+
+@pytest.mark.benchmark(group="machine")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="limits of the CPU")
+def test_limits(benchmark):
+    a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
+    source = torch.randn(COPIED_BYTES // 4)
+    out, target = torch.empty_like(a), torch.empty_like(source)
+    error = relative_error(torch.mm(a, b, out=out), a.double() @ b.double())
+    wrong = [] if error < 1e-5 else [f"relative error {error:.2g}"]
+    interleave.require_right({PRODUCT: wrong})
+    interleave.compare(
+        benchmark,
+        {PRODUCT: lambda: torch.mm(a, b, out=out), COPY: lambda: target.copy_(source)},
+        floor=PRODUCT,
+        rounds=15,
+        title=f"{SIZE}³ product in float32, copy of {COPIED_BYTES >> 20} MiB",
+        errors={PRODUCT: error},
+        flops={PRODUCT: 2 * SIZE**3},
+        bytes={COPY: 2 * COPIED_BYTES},
+    )
