@@ -64,9 +64,10 @@ def _serve(pipe: Connection, name: str, shape: Shape, weights: Path, threads: in
         if name == GEMMS:
             step, trained = make_gemms(shape), []
         else:
-            step, trained = make_step(name, shape, weights)
-            # Weights that were never read are not in memory yet, and would count as the step's own.
-            torch.from_file(str(weights), shared=True, size=weights.stat().st_size, dtype=torch.uint8).sum()
+            step, trained, model = make_step(name, shape, weights)
+            # Mapped weights that this model has not read yet would count as the step's own memory.
+            for parameter in model.parameters():
+                parameter.detach().sum()
         before = process_memory.resident()
         loss = None
         while True:

@@ -170,8 +170,9 @@ def fill_adapters(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A function that runs forward and backward and returns the loss; the adapters whose .grad it fills."""
+def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tensor], list[Tensor], nn.Module]:
+    """A function that runs forward and backward and returns the loss; the adapters whose .grad it fills; the
+    model."""
     if RIVALS[name].settings:
         setup_process()
     model = RIVALS[name].build(load_base(shape, weights))
@@ -185,7 +186,7 @@ def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tens
         loss.backward()
         return loss.detach()
 
-    return step, trained
+    return step, trained, model
 
 
 def gemms(shape: Shape, head: bool = True) -> list[tuple[str, int, int, int, int]]:
