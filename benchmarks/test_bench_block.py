@@ -16,10 +16,12 @@ from benchmarks import interleave, process_memory
 from benchmarks.baselines import bloom_step
 from bloomft.fused_model import compile_blocks
 from bloomft.runtime import setup_process
-from lorakernels.ops.lora_linear.check import error_bound, relative_error
+from lorakernels.ops.lora_linear.check import relative_error
 
 SHAPE = bloom_step.Shape(layers=1, vocab_size=512)
 FLOOR, OURS, PEFT = "its products alone", "bloomft", "PEFT"
+# A model in float32 stays this close to float64; operators have a bound of their own, in their benchmarks.
+TOLERANCE = 1e-5
 RESULTS = ("out", "dembeddings", "dA", "dB")
 
 
@@ -78,14 +80,11 @@ def test_block(benchmark, full):
     steps = {name: Step(name) for name in names}
     exact = Step(PEFT, torch.float64).results()
     wrong, errors = {}, {}
-    plain = steps[PEFT].results()
     for name in names:
         wrong[name] = []
-        for result, got, near, right in zip(RESULTS, steps[name].results(), plain, exact, strict=True):
-            error = relative_error(got, right)
-            bound = error_bound(relative_error(near, right), torch.float32, right.numel())
-            errors[f"{name}, {result}"] = error
-            wrong[name] += [f"{result}: {error:.2g} above {bound:.2g}"] if not error <= bound else []
+        for result, got, right in zip(RESULTS, steps[name].results(), exact, strict=True):
+            error = errors[f"{name}, {result}"] = relative_error(got, right)
+            wrong[name] += [f"{result}: {error:.2g} above {TOLERANCE}"] if not error <= TOLERANCE else []
     interleave.require_right({name: wrong[name] for name in names if name.startswith(OURS)})
     memory = {name: process_memory.in_fresh_process(peak_over_weights, name) for name in (PEFT, OURS)}
     interleave.compare(
