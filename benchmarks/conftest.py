@@ -19,8 +19,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_benchmark_update_json(output_json: dict) -> None:
-    """Keep the machine's kind, not its name, and no samples."""
-    output_json["machine_info"].pop("node", None)
+    """Keep the machine's kind, not its name, and no samples: each case has its own environment and spread."""
+    kept = ("machine", "system", "python_version")
+    output_json["machine_info"] = {name: output_json["machine_info"][name] for name in kept}
+    output_json["commit_info"] = {"id": output_json["commit_info"].get("id")}
     for one in output_json["benchmarks"]:
         one["stats"].pop("data", None)
 
