@@ -12,6 +12,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomForCausalLM, BloomMLP, BloomModel
+from transformers.utils.deprecation import deprecate_kwarg
 
 from bloomft.data import IGNORE_INDEX
 from lorakernels import alibi_attention, alibi_slopes, frozen_linear, linear_cross_entropy
@@ -68,10 +69,11 @@ class FusedLinear(nn.Linear):
 class FusedBloomModel(BloomModel):
     """BLOOM's trunk, with documents packed in one row, and the fused attention where it is right."""
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids=None,
-        past_key_values=None,
+        cache=None,
         attention_mask=None,
         inputs_embeds=None,
         use_cache=None,
@@ -86,7 +88,7 @@ class FusedBloomModel(BloomModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if use_cache is None:
             use_cache = config.use_cache and not self.training and document_ids is None
-        cached = use_cache or past_key_values is not None
+        cached = use_cache or cache is not None
         if cached and document_ids is not None:
             raise ValueError("document_ids: packed rows have no key-value cache; pass use_cache=False")
         eager = (
@@ -98,7 +100,7 @@ class FusedBloomModel(BloomModel):
         if cached or (eager and document_ids is None):
             return super().forward(
                 input_ids=input_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
@@ -150,10 +152,11 @@ class FusedBloomForCausalLM(BloomForCausalLM):
     ``skip_logits=True`` leaves them out in eval mode too.
     """
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids=None,
-        past_key_values=None,
+        cache=None,
         attention_mask=None,
         inputs_embeds=None,
         labels=None,
@@ -172,7 +175,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         """
         outputs = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -198,7 +201,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         result = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
