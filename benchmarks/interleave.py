@@ -128,6 +128,16 @@ def environment(device: str = "cpu") -> dict[str, str | int | float]:
     }
 
 
+def whole(case: Mapping) -> dict[str, dict]:
+    """Stored timings by rival, of all phases together."""
+    return case["phases"].get(WHOLE) or case["phases"][ONLY]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a rival is this project."""
+    return name.startswith(("lorakernels", "bloomft"))
+
+
 def processor() -> str:
     """The processor's name as the system gives it."""
     try:

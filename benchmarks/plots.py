@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks.interleave import is_ours, whole
+
 OURS_COLOR, THEIRS_COLOR, FLOOR_COLOR = "#0b6e4f", "#a9b4c2", "#c1121f"
 WIDTH_INCHES, DPI = 9.0, 110
 PLAIN_METADATA = {"Software": None}
@@ -19,13 +21,8 @@ def draw(cases: dict[str, dict], folder: Path) -> list[str]:
     return [name for name, picture in PICTURES.items() if picture(cases, folder / name)]
 
 
-def whole(case: dict) -> dict[str, dict]:
-    """Timings by rival of forward and backward together."""
-    return case["phases"].get("both") or case["phases"]["step"]
-
-
 def _color(name: str) -> str:
-    return OURS_COLOR if name.startswith(("lorakernels", "bloomft")) else THEIRS_COLOR
+    return OURS_COLOR if is_ours(name) else THEIRS_COLOR
 
 
 def _of_group(cases: dict[str, dict], group: str) -> dict[str, dict]:
@@ -56,7 +53,7 @@ def _lora_tax(cases: dict[str, dict], path: Path) -> bool:
     height = 0.8 / len(rivals)
     greys = ["#5c677d", "#7d8597", "#979dac", "#b6bcc8", "#ced4da", "#e2e6ea"]
     for index, rival in enumerate(rivals):
-        color = OURS_COLOR if _color(rival) == OURS_COLOR else greys[index % len(greys)]
+        color = OURS_COLOR if is_ours(rival) else greys[index % len(greys)]
         points = [
             (at + index * height, 100 * (whole(case)[rival]["ratio"] - 1))
             for at, case in enumerate(layers.values())

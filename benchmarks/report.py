@@ -13,12 +13,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import interleave, plots
-from benchmarks.interleave import ONLY, WHOLE
+from benchmarks.interleave import is_ours, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 AOT_TABLE = RESULTS / "aot.txt"
-OURS = ("lorakernels", "bloomft")
+HOW = (
+    "Medians of interleaved rounds with quartiles; ratios are taken within each round. No figure was kept "
+    "of a case before its results had been checked against their reference."
+)
+COMPUTED = (
+    "Kernels compiled for absent chips, and the least times that their published peaks allow: "
+    "`python -m lorakernels.aot`. No GPU was timed."
+)
 BEGIN, END = "<!-- figures: python -m benchmarks.report -->\n", "<!-- end of figures -->\n"
 
 
@@ -63,16 +70,6 @@ def read_cases(paths: Sequence[Path]) -> dict[str, dict]:
     return dict(sorted(cases.items(), key=lambda item: (item[1]["group"], item[0])))
 
 
-def is_ours(name: str) -> bool:
-    """Whether a rival is this project."""
-    return name.startswith(OURS)
-
-
-def whole(case: dict) -> dict[str, dict]:
-    """Timings by rival of all phases together."""
-    return case["phases"].get(WHOLE) or case["phases"][ONLY]
-
-
 def regressions(old: dict[str, dict], new: dict[str, dict]) -> Iterator[str]:
     """One line for each ratio of ours whose lower quartile is above the old one's upper quartile."""
     for name in old.keys() & new.keys():
@@ -92,13 +89,7 @@ def regressions(old: dict[str, dict], new: dict[str, dict]) -> Iterator[str]:
 def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
     """Every case, every rival, every phase; then what was computed and not measured."""
     machines = sorted({_machine(case) for case in cases.values()})
-    lines = [
-        "# Benchmarks",
-        "",
-        "Medians of interleaved rounds with quartiles; ratios are taken within each ",
-    ]
-    lines[-1] += "round. Every case was checked against its reference before it was timed."
-    lines += ["", *(f"Measured on {machine}." for machine in machines), ""]
+    lines = ["# Benchmarks", "", HOW, "", *(f"Measured on {machine}." for machine in machines), ""]
     lines += [f"![{Path(name).stem}]({name})" for name in pictures]
     group = None
     for name, case in cases.items():
@@ -124,10 +115,12 @@ def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
             "",
             "## Computed, not measured",
             "",
-            "Kernels compiled for absent chips, and the least times ",
+            COMPUTED,
+            "",
+            "```text",
+            AOT_TABLE.read_text(encoding="utf-8").rstrip(),
+            "```",
         ]
-        lines[-1] += "that their published peaks allow: `python -m lorakernels.aot`. No GPU was timed."
-        lines += ["", "```text", AOT_TABLE.read_text(encoding="utf-8").rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -21,8 +21,8 @@ FLOOR, OURS = "frozen linear", "lorakernels"
 SHAPES = {"bloom-560m": (1024, 3072, 1024), "bloom-1b7": (2048, 6144, 512), "bloom-7b1": (4096, 12288, 256)}
 GPU_ROWS = 8192
 CPU_ROUNDS = {"bloom-560m": 25, "bloom-1b7": 11, "bloom-7b1": 7}
-# On a CPU at M = 1024 this project allows itself these ratios, forward and backward.
-TARGETS = {"bloom-560m": 1.06, "bloom-1b7": 1.05}
+# On a CPU at M = 1024 this project allows itself these ratios, forward and backward; in so many rounds.
+TARGETS = {"bloom-560m": (1.06, 60), "bloom-1b7": (1.05, 30)}
 
 
 def lorakernels_linear(problem: check.Problem) -> baselines.Layer:
@@ -75,6 +75,15 @@ class Step:
         return {"forward": self.forward, "backward": self.backward}
 
 
+@pytest.fixture
+def threads(request):
+    """torch's threads, for one test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 def peak_over_inputs(name: str, model: str, rows: int, r: int, dtype: torch.dtype) -> int:
     """Bytes of one forward and backward; for a fresh process."""
     problem = make_problem(model, rows, r, dtype)
@@ -83,20 +92,27 @@ def peak_over_inputs(name: str, model: str, rows: int, r: int, dtype: torch.dtyp
 
 
 def run(
-    benchmark, model: str, rows: int, r: int, dtype: torch.dtype, *, rounds: int, names: list[str]
+    benchmark,
+    model: str,
+    rows: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    rounds: int,
+    names: list[str],
+    with_memory: bool = False,
 ) -> float:
-    """Check, time and record; the ratio of forward and backward."""
+    """Check, time and record, each rival's memory from a process of its own; forward and backward's ratio."""
     problem = make_problem(model, rows, r, dtype)
     steps = {name: Step(LAYERS[name](problem), problem) for name in names}
     steps[OURS].forward()
     interleave.require_right({OURS: check.failures(steps[OURS].backward(), problem)})
     n, k = problem.weight.shape
-    memory = {}
-    if not ON_GPU and (model, r, dtype) == ("bloom-560m", 8, torch.float32):
-        memory = {
-            name: process_memory.in_fresh_process(peak_over_inputs, name, model, rows, r, dtype)
-            for name in names
-        }
+    memory = {
+        name: process_memory.in_fresh_process(peak_over_inputs, name, model, rows, r, dtype)
+        for name in names
+        if with_memory
+    }
     timings = interleave.compare(
         benchmark,
         {name: step.phases() for name, step in steps.items()},
@@ -118,8 +134,11 @@ def run(
 @pytest.mark.parametrize("model", SHAPES)
 def test_layer(benchmark, model, r, full):
     rows, dtype = (GPU_ROWS, torch.bfloat16) if ON_GPU else (SHAPES[model][2], torch.float32)
-    names = rivals_for(dtype, compiled=ON_GPU or full or (model, r) == ("bloom-560m", 8))
-    run(benchmark, model, rows, r, dtype, rounds=50 if ON_GPU else CPU_ROUNDS[model], names=names)
+    # the smallest case stands for the others in what takes a process or a compilation each
+    smallest = (model, r) == ("bloom-560m", 8)
+    names = rivals_for(dtype, compiled=ON_GPU or full or smallest)
+    rounds = 50 if ON_GPU else CPU_ROUNDS[model]
+    run(benchmark, model, rows, r, dtype, rounds=rounds, names=names, with_memory=smallest and not ON_GPU)
     print(dispatch.report())
 
 
@@ -136,16 +155,11 @@ def test_layer_in_bf16(benchmark):
 @pytest.mark.skipif(ON_GPU, reason="a target for the CPU")
 @pytest.mark.parametrize("r", [8, 16])
 @pytest.mark.parametrize("model", TARGETS)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 def test_target(benchmark, threads, model, r):
     """At M = 1024, PEFT in the same rounds, enough of them for the noise of a shared machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    target, rounds = TARGETS[model]
     names = [name for name in rivals_for(torch.float32, compiled=False) if name != "loralib"]
-    ratio = run(
-        benchmark, model, 1024, r, torch.float32, rounds=60 // (1 + (model != "bloom-560m")), names=names
-    )
-    torch.set_num_threads(before)
-    target = TARGETS[model]
+    ratio = run(benchmark, model, 1024, r, torch.float32, rounds=rounds, names=names)
     benchmark.extra_info["target"] = target
     print(f"  target {target}: {'met' if ratio <= target else 'missed'} with {ratio:.3f}")

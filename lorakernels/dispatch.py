@@ -30,7 +30,7 @@ from typing import Protocol
 
 import torch
 
-# A candidate replaces the baseline when it takes at most this share of its time.
+# A candidate replaces the baseline at this share of its time or less; an operator may ask for more.
 MARGIN = 0.97
 ROUNDS = 7
 
@@ -71,9 +71,12 @@ _lock = threading.Lock()
 
 
 def choose(
-    problem: str, candidates: Sequence[Implementation], make_trial: Callable[[], Trial]
+    problem: str,
+    candidates: Sequence[Implementation],
+    make_trial: Callable[[], Trial],
+    margin: float = MARGIN,
 ) -> Implementation:
-    """The candidate to compute problem with, the first one being the baseline.
+    """The candidate to compute problem with: the first one, unless another takes at most margin of its time.
 
     problem names everything the choice may depend on, the device included. make_trial is called, in a thread
     of its own, if the problem is new; where it cannot be measured now, the baseline stands in and nothing is
@@ -89,7 +92,7 @@ def choose(
         with _lock:
             choice = _choices.get(problem) or _read_disk().get(problem)
             if choice is None or choice.winner not in by_name:
-                choice = _measure_in_thread(problem, candidates, make_trial)
+                choice = _measure_in_thread(problem, candidates, make_trial, margin)
                 _write_disk(problem, choice)
             _choices[problem] = choice
     return by_name[choice.winner]
@@ -150,14 +153,16 @@ def forced_backend() -> str | None:
 
 
 def _measure_in_thread(
-    problem: str, candidates: Sequence[Implementation], make_trial: Callable[[], Trial]
+    problem: str, candidates: Sequence[Implementation], make_trial: Callable[[], Trial], margin: float
 ) -> Choice:
     # operators run with autograd switched off for the thread; the check needs it, and a fresh thread has it
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(_measure, problem, candidates, make_trial).result()
+        return executor.submit(_measure, problem, candidates, make_trial, margin).result()
 
 
-def _measure(problem: str, candidates: Sequence[Implementation], make_trial: Callable[[], Trial]) -> Choice:
+def _measure(
+    problem: str, candidates: Sequence[Implementation], make_trial: Callable[[], Trial], margin: float
+) -> Choice:
     trial = make_trial()
     on_device = torch.cuda.device(trial.device) if trial.device.type == "cuda" else contextlib.nullcontext()
     with on_device:
@@ -185,7 +190,7 @@ def _measure(problem: str, candidates: Sequence[Implementation], make_trial: Cal
     milliseconds = {name: 1e3 * median(times) for name, times in samples.items()}
     baseline = right[0].name
     winner = min(milliseconds, key=milliseconds.__getitem__)
-    if milliseconds[winner] > MARGIN * milliseconds[baseline]:
+    if milliseconds[winner] > margin * milliseconds[baseline]:
         winner = baseline
     return Choice(winner, milliseconds, rejected)
 

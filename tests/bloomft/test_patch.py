@@ -138,6 +138,15 @@ def test_generation_with_cache_matches(model, beams):
     assert torch.equal(patched.generate(ids, attention_mask=mask, **options), expected)
 
 
+def test_a_cache_is_taken_under_both_of_its_names(model):
+    ids = tokens(1, 9)
+    patched = with_trained_adapters(model).eval()
+    expected = patched(ids).logits[:, -3:]
+    for name in ("cache", "past_key_values"):
+        first = patched(ids[:, :6], use_cache=True)
+        close(patched(ids[:, 6:], **{name: first.cache}).logits, expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [None, False])
 def test_gradient_checkpointing_reaches_every_adapter(model, use_reentrant):
     ids = tokens(2, 11)

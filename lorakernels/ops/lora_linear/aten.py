@@ -8,11 +8,10 @@ frozen product of 16-bit tensors in float32, on blocks of the weight, for a CPU 
 slower ones. Signatures and shapes are those of reference.py; S and dS are in float32 or wider.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from lorakernels.cpu_gemm import weight_blocks
 from lorakernels.ops.lora_linear.reference import keep_mask, wide_dtype
 
 # Rows of a 16-bit operand that are widened at a time: bounds the float32 copy, long enough for full GEMM
@@ -85,7 +84,8 @@ def forward_wide(
     wide_x, wide_b = x.to(s.dtype), lora_b.to(s.dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     wide_bias = None if bias is None else bias.to(s.dtype)
-    for rows, block in _wide_blocks(weight, s.dtype):
+    for start, stop, block in weight_blocks(weight, WIDEN_ROWS, s.dtype):
+        rows = slice(start, stop)
         thin = _thin_with_bias(s, wide_b[rows], None if bias is None else wide_bias[rows])
         y[:, rows] = thin.addmm_(wide_x, block.T)
     return y, s
@@ -110,8 +110,8 @@ def backward_wide(
         total = ds @ lora_a.to(ds.dtype)
         if keep is not None:
             total.mul_(keep)
-        for rows, block in _wide_blocks(weight, ds.dtype):
-            total.addmm_(dy[:, rows].to(ds.dtype), block)
+        for start, stop, block in weight_blocks(weight, WIDEN_ROWS, ds.dtype):
+            total.addmm_(dy[:, start:stop].to(ds.dtype), block)
         dx = total.to(x.dtype)
     return dx, da, db
 
@@ -149,13 +149,6 @@ def _thin_gradients(
 def _thin_with_bias(s: Tensor, lora_b: Tensor, bias: Tensor | None) -> Tensor:
     """S·Bᵀ + bias, [M, N]."""
     return s @ lora_b.T if bias is None else torch.addmm(bias, s, lora_b.T)
-
-
-def _wide_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of weight in dtype, each with its slice."""
-    for start in range(0, weight.shape[0], WIDEN_ROWS):
-        rows = slice(start, start + WIDEN_ROWS)
-        yield rows, weight[rows].to(dtype)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
