@@ -58,13 +58,8 @@ def test_against_float64(backend, shape, dtypes, device):
     dtypes=st.sampled_from(list(DTYPES)), bias=st.booleans(), transposed=st.booleans(),
     layout=st.sampled_from(["rows", "columns", "slice", "expanded dy"]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_triton_on_any_problem(m, n, k, r, dtypes, bias, transposed, layout, seed, device):
-    problems = []
-    for turn in range(pool_size(m, n, k, r, layout)):
-        own_seed = seed + 100 * turn
-        problems.append(make_problem(m, n, k, r, *DTYPES[dtypes], bias=bias, seed=own_seed, device=device))
-        relaid(problems[-1], transposed, layout)
-    assert_right(problems, "triton")
+def test_triton_on_any_problem(device, **drawn):
+    assert_right(pool(device=device, **drawn), "triton")
 
 
 @settings(max_examples=60, **REPEATABLE)
@@ -73,19 +68,24 @@ def test_triton_on_any_problem(m, n, k, r, dtypes, bias, transposed, layout, see
     dtypes=st.sampled_from(list(DTYPES)), bias=st.booleans(), transposed=st.booleans(),
     layout=st.sampled_from(["rows", "columns", "slice", "expanded dy"]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_aten_on_any_problem(m, n, k, r, dtypes, bias, transposed, layout, seed, device):
-    problems = []
-    for turn in range(pool_size(m, n, k, r, layout)):
-        own_seed = seed + 100 * turn
-        problems.append(make_problem(m, n, k, r, *DTYPES[dtypes], bias=bias, seed=own_seed, device=device))
-        relaid(problems[-1], transposed, layout)
-    assert_right(problems, "aten")
+def test_aten_on_any_problem(device, **drawn):
+    assert_right(pool(device=device, **drawn), "aten")
 
 
 def pool_size(m: int, n: int, k: int, r: int, layout: str) -> int:
     """How many problems it takes for S, dS, dA and dB to be made of FEW different sums each."""
     sums = min(m * r, r * k, n * r, r if layout == "expanded dy" else m * r)
     return -(-FEW // sums) if sums else 1
+
+
+def pool(m, n, k, r, dtypes, bias, transposed, layout, seed, device) -> list[check.Problem]:
+    """As many problems of a kind as it takes to judge them by."""
+    problems = []
+    for turn in range(pool_size(m, n, k, r, layout)):
+        own_seed = seed + 100 * turn
+        problems.append(make_problem(m, n, k, r, *DTYPES[dtypes], bias=bias, seed=own_seed, device=device))
+        relaid(problems[-1], transposed, layout)
+    return problems
 
 
 def assert_right(problems: list[check.Problem], backend: str) -> None:
