@@ -17,7 +17,7 @@ from bloomft.runtime import setup_process
 from lorakernels import alibi_attention, alibi_slopes
 from lorakernels.dispatch import dtype_name
 from lorakernels.ops.alibi_attention.reference import alibi_attention_reference
-from lorakernels.ops.lora_linear.check import error_bound, relative_error
+from lorakernels.tolerance import error_bound, relative_error
 
 HEADS, WIDTH, LENGTH, ROUNDS = 16, 64, 1024, 9
 DOCUMENTS = (torch.arange(LENGTH)[None] * 4) // LENGTH

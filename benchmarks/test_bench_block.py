@@ -16,7 +16,7 @@ from benchmarks import interleave, process_memory
 from benchmarks.baselines import bloom_step
 from bloomft.fused_model import compile_blocks
 from bloomft.runtime import setup_process
-from lorakernels.ops.lora_linear.check import relative_error
+from lorakernels.tolerance import relative_error
 
 SHAPE = bloom_step.Shape(layers=1, vocab_size=512)
 FLOOR, OURS, PEFT = "its products alone", "bloomft", "PEFT"

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import interleave
 from benchmarks.baselines import bloom_step
-from lorakernels.ops.lora_linear.check import error_bound, relative_error
+from lorakernels.tolerance import error_bound, relative_error
 
 SHAPE = bloom_step.Shape(layers=4)
 PROMPT, NEW = 64, 16

@@ -15,7 +15,7 @@ from benchmarks.baselines import cross_entropy as baselines
 from bloomft.runtime import setup_process
 from lorakernels import linear_cross_entropy
 from lorakernels.dispatch import dtype_name
-from lorakernels.ops.lora_linear.check import error_bound, relative_error
+from lorakernels.tolerance import error_bound, relative_error
 
 VOCABULARY, WIDTH = 250_880, 1024
 FLOOR, OURS, THEIRS = "its products alone", "lorakernels", "full logits (transformers)"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import interleave
-from lorakernels.ops.lora_linear.check import relative_error
+from lorakernels.tolerance import relative_error
 
 SIZE, COPIED_BYTES = 2048, 256 * 2**20
 PRODUCT, COPY = "square product", "copy"

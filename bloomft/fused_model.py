@@ -52,8 +52,12 @@ class FusedBloomMLP(BloomMLP):
         """As `BloomMLP.forward`."""
         if self.pretraining_tp > 1 and self.slow_but_exact:
             return super().forward(hidden_states, residual)
-        inner = nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh")
-        return residual + nn.functional.dropout(self.dense_4h_to_h(inner), self.hidden_dropout, self.training)
+        inner, down = self.dense_h_to_4h(hidden_states), self.dense_4h_to_h
+        if type(down) is FusedLinear and down.is_frozen():
+            output = frozen_linear(inner, down.weight, down.bias, gelu=True)
+        else:
+            output = down(nn.functional.gelu(inner, approximate="tanh"))
+        return residual + nn.functional.dropout(output, self.hidden_dropout, self.training)
 
 
 class FusedLinear(nn.Linear):
@@ -61,9 +65,11 @@ class FusedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
-        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
-            return super().forward(x)
-        return frozen_linear(x, self.weight, self.bias)
+        return frozen_linear(x, self.weight, self.bias) if self.is_frozen() else super().forward(x)
+
+    def is_frozen(self) -> bool:
+        """Whether neither weight nor bias is trained."""
+        return not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad))
 
 
 class FusedBloomModel(BloomModel):

@@ -1,23 +1,32 @@
-"""Matrix products of frozen 16-bit weights on a CPU, in the precision that this machine multiplies faster.
+"""Matrix products with frozen weights on a CPU, by the library and in the precision that are faster here.
 
-A CPU without matrix units for bfloat16 multiplies float32 about twice as fast, and casting a block of the
-weight costs far less than the difference: the block is cast into a reused buffer that stays in cache. Which
-of the two is faster is measured once for each dtype and thread count, by `dispatch`. Both accumulate in
-float32.
+float32 has two libraries: the BLAS that torch multiplies with (MKL as a rule) and oneDNN, which torch itself
+uses for 16 bits and compiled graphs. Which one is faster differs between makers of CPUs. And a CPU without
+matrix units for bfloat16 multiplies float32 about twice as fast: casting a block of a 16-bit weight into a
+reused buffer costs far less than the difference. Both choices are measured once for each thread count, by
+`dispatch`. All accumulate in float32.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import linear
 
 from lorakernels import dispatch
 from lorakernels.dispatch import Implementation
+from lorakernels.tolerance import error_bound, relative_error
 
 __all__ = [
-    "frozen_linear",
-    "multiply_frozen",
-    "multiply_frozen_grad",
+    "BLAS",
+    "NARROW",
+    "ONEDNN",
+    "Gemm",
+    "fastest",
+    "has_onednn",
+    "in_float32",
+    "is_large",
     "precision_problem",
     "weight_blocks",
     "widens",
@@ -27,18 +36,50 @@ BLOCK_BYTES = 16 * 2**20
 PROBE_ROWS, PROBE_SIZE = 512, 1024
 # float32 is the more precise, so a 16-bit product must win by more than the noise of a busy machine
 ADVANTAGE = 1.5
+# Multiplications below which a choice is not worth its own cost: a tenth of a millisecond on one core.
+LARGE = 2**23
+
+
+@dataclass(frozen=True)
+class Gemm(Implementation):
+    """One way to multiply on a CPU, with no autograd.
+
+    forward(x [M, K], weight [N, K], bias [N] or None) is ``x @ weight.T + bias``; backward(dy [M, N], weight)
+    is ``dy @ weight``, the gradient of x; add(total [M, K], dy, weight) adds that to total in place.
+    """
+
+    add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+
+
+def fastest(dtype: torch.dtype) -> Gemm:
+    """The `Gemm` for CPU weights of this dtype: a measurement, then remembered.
+
+    Of 16-bit weights it is one in 16 bits only where that is `ADVANTAGE` times as fast as float32.
+    """
+    if dtype == torch.float32:
+        ways = (BLAS, ONEDNN) if has_onednn() else (BLAS,)
+        return dispatch.choose(precision_problem(dtype), ways, functools.partial(_Trial, dtype))
+    if dtype not in (torch.float16, torch.bfloat16):
+        return BLAS
+    # first, since one measurement must not begin inside another
+    wide = in_float32(fastest(torch.float32))
+    trial = functools.partial(_Trial, dtype)
+    return dispatch.choose(precision_problem(dtype), (wide, NARROW), trial, 1 / ADVANTAGE)
 
 
 def widens(dtype: torch.dtype) -> bool:
-    """Whether products with CPU weights of this dtype are made in float32: a measurement, then remembered.
+    """Whether products with CPU weights of this dtype are made in a wider one."""
+    return dtype in (torch.float16, torch.bfloat16) and fastest(dtype) is not NARROW
 
-    16 bits win where they are `ADVANTAGE` times as fast, as with matrix units for bfloat16. False for dtypes
-    of more than 16 bits, which are never cast.
-    """
-    if dtype not in (torch.float16, torch.bfloat16):
-        return False
-    trial = functools.partial(_Trial, dtype)
-    return dispatch.choose(precision_problem(dtype), (WIDE, NARROW), trial, 1 / ADVANTAGE) is WIDE
+
+def is_large(rows: int, weight: torch.Tensor) -> bool:
+    """Whether a product of `rows` rows with weight [N, K] is worth a choice."""
+    return rows * weight.shape[0] * weight.shape[1] >= LARGE
+
+
+def has_onednn() -> bool:
+    """Whether torch was built with the oneDNN operator that `ONEDNN` calls."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def precision_problem(dtype: torch.dtype) -> str:
@@ -62,41 +103,49 @@ def weight_blocks(
         yield start, start + len(block), block if same else buffer[: len(block)].copy_(block)
 
 
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _onednn_grad(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _onednn(dy, weight.T, None)
+
+
+def _onednn_add(total: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> None:
+    total += _onednn_grad(dy, weight)
+
+
+BLAS = Gemm("BLAS", linear, torch.matmul, torch.Tensor.addmm_)
+ONEDNN = Gemm("oneDNN", _onednn, _onednn_grad, _onednn_add)
+NARROW = Gemm("16 bits", linear, torch.matmul, torch.Tensor.addmm_)
+
+
+@functools.cache
+def in_float32(gemm: Gemm) -> Gemm:
+    """The Gemm of 16-bit weights that casts them block by block for gemm, and rounds results once."""
+
+    def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        wide_x = x.float()
+        out = torch.empty(len(x), len(weight), dtype=x.dtype)
+        for start, stop, block in weight_blocks(weight, _block_rows(weight), torch.float32):
+            wide_bias = None if bias is None else bias[start:stop].float()
+            out[:, start:stop] = gemm.forward(wide_x, block, wide_bias)
+        return out
+
+    def backward(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        dx = dy.new_zeros(len(dy), weight.shape[1], dtype=torch.float32)
+        add(dx, dy, weight)
+        return dx.to(dy.dtype)
+
+    def add(total: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> None:
+        for start, stop, block in weight_blocks(weight, _block_rows(weight), torch.float32):
+            gemm.add(total, dy[:, start:stop].float(), block)
+
+    return Gemm(f"float32 by {gemm.name}", forward, backward, add)
+
+
 def _block_rows(weight: torch.Tensor) -> int:
     return max(1, BLOCK_BYTES // (4 * max(1, weight.shape[1])))
-
-
-def multiply_frozen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias`` outside autograd: x [M, K], weight [N, K], bias [N] -> [M, N]."""
-    return (WIDE if widens(weight.dtype) else NARROW).forward(x, weight, bias)
-
-
-def multiply_frozen_grad(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``dy @ weight``, the gradient of x in `multiply_frozen`: dy [M, N], weight [N, K] -> [M, K]."""
-    return (WIDE if widens(weight.dtype) else NARROW).backward(dy, weight)
-
-
-def _wide(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    wide_x = x.float()
-    out = torch.empty(len(x), len(weight), dtype=x.dtype)
-    for start, stop, block in weight_blocks(weight, _block_rows(weight), torch.float32):
-        product = wide_x @ block.T
-        if bias is not None:
-            product += bias[start:stop]
-        out[:, start:stop] = product
-    return out
-
-
-def _wide_grad(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    dx = dy.new_zeros(len(dy), weight.shape[1], dtype=torch.float32)
-    for start, stop, block in weight_blocks(weight, _block_rows(weight), torch.float32):
-        dx.addmm_(dy[:, start:stop].float(), block)
-    return dx.to(dy.dtype)
-
-
-# float32 is the baseline: the more precise of the two
-WIDE = Implementation("float32", _wide, _wide_grad)
-NARROW = Implementation("16 bits", torch.nn.functional.linear, torch.matmul)
 
 
 class _Trial:
@@ -106,89 +155,21 @@ class _Trial:
 
     def __init__(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.x, self.weight = (
-            torch.randn(rows, PROBE_SIZE, generator=generator).to(dtype) for rows in (PROBE_ROWS, PROBE_SIZE)
+        self.x, self.dy, self.weight = (
+            torch.randn(rows, PROBE_SIZE, generator=generator).to(dtype)
+            for rows in (PROBE_ROWS, PROBE_ROWS, PROBE_SIZE)
         )
 
-    def run(self, implementation: Implementation) -> tuple[torch.Tensor, torch.Tensor]:
-        y = implementation.forward(self.x, self.weight, None)
-        return y, implementation.backward(y, self.weight)
+    def run(self, gemm: Gemm) -> tuple[torch.Tensor, torch.Tensor]:
+        return gemm.forward(self.x, self.weight, None), gemm.backward(self.dy, self.weight)
 
-    def failures(self, implementation: Implementation) -> list[str]:
-        y, dx = self.run(implementation)
+    def failures(self, gemm: Gemm) -> list[str]:
         wide = self.weight.double()
-        pairs = {"y": (y, self.x.double() @ wide.T), "dx": (dx, y.double() @ wide)}
-        # both round a float32 sum once to dtype, by at most eps / 2 of each element
-        bound = torch.finfo(self.weight.dtype).eps
-        errors = {
-            name: float((got.double() - exact).norm() / exact.norm()) for name, (got, exact) in pairs.items()
-        }
-        return [f"{name}: relative error {error:.3g}" for name, error in errors.items() if not error <= bound]
-
-
-@torch.library.custom_op("lorakernels::frozen_linear", mutates_args=(), device_types="cpu")
-def _frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return multiply_frozen(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
-
-
-@torch.library.custom_op("lorakernels::frozen_linear_backward", mutates_args=(), device_types="cpu")
-def _frozen_linear_backward(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return multiply_frozen_grad(dy.flatten(0, -2), weight).view(*dy.shape[:-1], weight.shape[1])
-
-
-@_frozen_linear.register_fake
-def _(x, weight, bias):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@_frozen_linear_backward.register_fake
-def _(dy, weight):
-    return dy.new_empty(*dy.shape[:-1], weight.shape[1])
-
-
-def _save_weight(ctx, inputs, output):
-    ctx.save_for_backward(inputs[1])
-
-
-def _input_gradient(ctx, dy):
-    (weight,) = ctx.saved_tensors
-    return _frozen_linear_backward(dy, weight), None, None
-
-
-_frozen_linear.register_autograd(_input_gradient, setup_context=_save_weight)
-
-
-def _refuse_double_backward(ctx, *_gradients):
-    raise RuntimeError("frozen_linear is differentiable once: its backward has no gradient")
-
-
-_frozen_linear_backward.register_autograd(_refuse_double_backward)
-
-
-def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``F.linear`` for a weight that is not trained; saves a reference to the weight and nothing else.
-
-    x [..., K], weight [N, K], bias [N] or None, of one floating dtype; returns [..., N] of that dtype. On a
-    CPU that multiplies float32 faster than the weight's 16-bit dtype, casts the weight block by block and
-    accumulates in float32. Everywhere else, and under autocast, it is `F.linear`.
-
-    Raises ValueError if weight or bias requires a gradient or the shapes do not fit, TypeError on mixed
-    dtypes.
-    """
-    device = x.device.type
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight: expected [N, K] for x [..., K] {list(x.shape)}, got {list(weight.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.requires_grad:
-            raise ValueError(f"{name}: expected a frozen tensor, got one with requires_grad=True")
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(device):
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape {[len(weight)]}, got {list(bias.shape)}")
-    if torch.is_autocast_enabled(device):
-        return torch.nn.functional.linear(x, weight, bias)
-    if device != "cpu" or x.ndim == 1 or weight.dtype not in (torch.float16, torch.bfloat16):
-        return torch.nn.functional.linear(x, weight, bias)
-    return _frozen_linear(x, weight, bias)
+        exact = (self.x.double() @ wide.T, self.dy.double() @ wide)
+        found = []
+        for name, got, plain, right in zip(("y", "dx"), self.run(gemm), self.run(BLAS), exact, strict=True):
+            error = relative_error(got, right)
+            bound = error_bound(relative_error(plain, right), got.dtype, got.numel())
+            if not error <= bound:
+                found.append(f"{name}: relative error {error:.3g}, bound {bound:.3g}")
+        return found

@@ -90,14 +90,19 @@ def own_dispatch_cache(
 
 
 @pytest.fixture
-def choose_precision() -> Callable[[bool], None]:
-    """A call that says, in place of the measurement, whether 16-bit CPU products are made in float32."""
+def choose_gemm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A call that says, in place of the measurement, who multiplies float32 on a CPU and whether 16-bit
+    products are made in it; for products of any size."""
     from lorakernels import cpu_gemm, dispatch
 
-    def choose(widens: bool) -> None:
-        winner = cpu_gemm.WIDE if widens else cpu_gemm.NARROW
-        problems = map(cpu_gemm.precision_problem, (torch.bfloat16, torch.float16))
-        dispatch.use_choices({problem: {"winner": winner.name} for problem in problems})
+    monkeypatch.setattr(cpu_gemm, "LARGE", 0)
+
+    def choose(widens: bool, gemm: cpu_gemm.Gemm = cpu_gemm.ONEDNN) -> None:
+        narrow = cpu_gemm.in_float32(gemm) if widens else cpu_gemm.NARROW
+        winners = {torch.float32: gemm, torch.bfloat16: narrow, torch.float16: narrow}
+        dispatch.use_choices(
+            {cpu_gemm.precision_problem(dtype): {"winner": one.name} for dtype, one in winners.items()}
+        )
 
     return choose
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig
 from transformers.models.bloom import modeling_bloom
 
@@ -13,7 +12,8 @@ from lorakernels import alibi_attention, alibi_slopes
 from lorakernels.ops.alibi_attention import aten
 from lorakernels.ops.alibi_attention.reference import alibi_attention_reference
 from lorakernels.ops.alibi_attention.slopes import alibi_bias
-from lorakernels.ops.lora_linear.check import error_bound, relative_error
+from lorakernels.tolerance import error_bound, relative_error
+from tests.lorakernels.largest_tensor import LargestTensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 16, 200, 64), (2, 6, 65, 5), (3, 1, 1, 8), (1, 3, 300, 80), (2, 2, 64, 1)]
@@ -206,19 +206,6 @@ def test_baselines_compute_the_same(baseline):
         strict=True,
     ):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that a result of any operation had."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 def test_memory_is_linear_in_the_length():

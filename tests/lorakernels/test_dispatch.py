@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lorakernels import dispatch, lora_linear
+from lorakernels import cpu_gemm, dispatch, lora_linear
 from lorakernels.dispatch import Implementation
 from lorakernels.ops.lora_linear import aten, implementations
 
@@ -127,12 +127,18 @@ def test_nothing_is_measured_under_capture(monkeypatch):
     assert dispatch.choices() == {}
 
 
+@pytest.fixture
+def every_size(monkeypatch):
+    """No problem is too small for a choice."""
+    monkeypatch.setattr(cpu_gemm, "LARGE", 0)
+
+
 def bfloat16_arguments() -> list:
     tensors = [torch.randn(*shape).bfloat16() for shape in ((32, 48), (64, 48), (64,))]
     return [*tensors, torch.randn(4, 48), torch.randn(64, 4), 2.0]
 
 
-def test_lora_linear_chooses_between_16_bit_and_wide_products():
+def test_lora_linear_chooses_between_16_bit_and_wide_products(every_size):
     lora_linear(*bfloat16_arguments())
     ((problem, choice),) = dispatch.choices().items()
     assert "bfloat16 with float32 adapters, M<=32 N=64 K=48 r=4" in problem
@@ -145,7 +151,20 @@ def test_lora_linear_chooses_between_16_bit_and_wide_products():
     assert len(dispatch.choices()) == 1
 
 
-def test_measuring_leaves_the_random_state_alone():
+def test_lora_linear_chooses_between_the_libraries_of_a_cpu(every_size):
+    arguments = [argument.float() for argument in bfloat16_arguments()[:-1]]
+    lora_linear(*arguments, 2.0)
+    ((problem, choice),) = dispatch.choices().items()
+    assert "float32 with float32 adapters" in problem
+    assert set(choice["milliseconds"]) == {"aten", "onednn"}
+
+
+def test_small_problems_of_a_cpu_are_not_measured():
+    lora_linear(*bfloat16_arguments())
+    assert not dispatch.choices()
+
+
+def test_measuring_leaves_the_random_state_alone(every_size):
     arguments = bfloat16_arguments()
     state = torch.get_rng_state()
     lora_linear(*arguments)
@@ -153,7 +172,7 @@ def test_measuring_leaves_the_random_state_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_wrong_lora_linear_is_caught_by_the_self_check(monkeypatch):
+def test_a_wrong_lora_linear_is_caught_by_the_self_check(every_size, monkeypatch):
     def forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
         return aten.forward_wide(x, weight, bias, lora_a, lora_b, 2 * scale, dropout_p, seed)
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.baselines.cross_entropy import full_logits
-from lorakernels import linear_cross_entropy
+from lorakernels import cpu_gemm, linear_cross_entropy
 from lorakernels.ops.linear_cross_entropy import aten
 from lorakernels.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
-from lorakernels.ops.lora_linear.check import error_bound, relative_error
+from lorakernels.tolerance import error_bound, relative_error
+from tests.lorakernels.largest_tensor import LargestTensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 REPEATABLE = {
@@ -99,7 +99,7 @@ def test_operator_against_float64(dtype, reduction):
     rows=st.integers(1, 90), width=st.integers(8, 60), vocabulary=st.integers(1, 700),
     dtype=st.sampled_from(DTYPES), reduction=st.sampled_from(["mean", "sum", "none"]),
     columns=st.integers(1, 800), chunk=st.integers(1, 100), sharpness=st.sampled_from([0.1, 1.0, 10.0]),
-    widens=st.booleans(), seed=st.integers(0, 99),
+    widens=st.booleans(), gemm=st.sampled_from([cpu_gemm.BLAS, cpu_gemm.ONEDNN]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_operator_on_any_problem(
     rows,
@@ -111,14 +111,15 @@ def test_operator_on_any_problem(
     chunk,
     sharpness,
     widens,
+    gemm,
     seed,
     monkeypatch,
-    choose_precision,
+    choose_gemm,
 ):
     widens |= rows < 4  # for the same reason, where logits are rounded to 16 bits
     monkeypatch.setattr(aten, "COLUMNS", columns)
     monkeypatch.setattr(aten, "BUFFER_BYTES", chunk * columns * 4)
-    choose_precision(widens)
+    choose_gemm(widens, gemm)
     problem = make_problem(rows, width, vocabulary, dtype, seed=seed, sharpness=sharpness)
     problem[2][0] = 0
     results = results_of(linear_cross_entropy, *problem, reduction)
@@ -204,19 +205,6 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut():
         torch.testing.assert_close(got, right)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that a result of any operation had."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_no_tensor_of_all_logits(with_gradient):
     hidden, weight, labels = make_problem(600, 8, 20_000, torch.bfloat16, ignored=0.0)
@@ -256,7 +244,7 @@ def broken_label(logits, column, label_logit):
 
 MUTATIONS = {
     "label left in the sums": ("_take_label", broken_label),
-    "gradient never added up": ("_accumulate", lambda total, left, right: None),
+    "gradient never added up": ("_accumulate", lambda gemm, total, left, right: None),
     "label not subtracted": ("_put_label", lambda values, column, new: None),
 }
 

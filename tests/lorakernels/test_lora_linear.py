@@ -10,6 +10,8 @@ from lorakernels import lora_linear
 from lorakernels.ops.lora_linear import check
 
 BACKENDS = ("reference", "aten", "triton")
+# CPU tensors in float32 alone
+ONEDNN = pytest.param("onednn", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="for a CPU"))
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -72,6 +74,16 @@ def test_aten_on_any_problem(device, **drawn):
     assert_right(pool(device=device, **drawn), "aten")
 
 
+@settings(max_examples=60, **REPEATABLE)
+@given(
+    m=st.integers(1, 300), n=st.integers(1, 300), k=st.integers(1, 300), r=st.integers(1, 80),
+    bias=st.booleans(), transposed=st.booleans(),
+    layout=st.sampled_from(["rows", "columns", "slice", "expanded dy"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_onednn_on_any_problem(**drawn):
+    assert_right(pool(device="cpu", dtypes="fp32", **drawn), "onednn")
+
+
 def pool_size(m: int, n: int, k: int, r: int, layout: str) -> int:
     """How many problems it takes for S, dS, dA and dB to be made of FEW different sums each."""
     sums = min(m * r, r * k, n * r, r if layout == "expanded dy" else m * r)
@@ -127,7 +139,7 @@ def relaid(problem: check.Problem, transposed: bool, layout: str) -> None:
         problem.dy = problem.dy[:1, :1].expand_as(problem.dy)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ONEDNN])
 @pytest.mark.parametrize("leading", [(0,), (0, 5), (2, 0, 3)])
 def test_empty_batch(backend, leading, device):
     x = torch.randn(*leading, 12, device=device, requires_grad=True)
@@ -142,7 +154,7 @@ def test_empty_batch(backend, leading, device):
     assert not lora_b.grad.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ONEDNN])
 def test_leading_dimensions_and_strides(backend, device):
     problem = make_problem(24, 40, 30, 4, torch.float32, torch.float32, device=device)
     x = problem.x.view(2, 3, 4, 30).transpose(0, 2)
@@ -158,7 +170,7 @@ def test_two_runs_give_the_same_bits(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ONEDNN])
 def test_caller_tensors_stay_as_they_are(backend, device):
     problem = make_problem(20, 30, 40, 8, torch.float32, torch.float32, device=device)
     tensors = [*problem.inputs, problem.dy]
@@ -168,7 +180,7 @@ def test_caller_tensors_stay_as_they_are(backend, device):
 
 
 @pytest.mark.parametrize("library", [baselines.peft_linear, baselines.loralib_linear])
-@pytest.mark.parametrize("backend", ["aten", "triton"])
+@pytest.mark.parametrize("backend", ["aten", "triton", ONEDNN])
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_other_libraries(library, backend, bias, device):
     problem = make_problem(33, 80, 48, 6, torch.float32, torch.float32, bias=bias, device=device)

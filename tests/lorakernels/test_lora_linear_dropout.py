@@ -1,5 +1,7 @@
 """Dropout: one mask for forward and backward, torch's generator as source, the statistics it promises."""
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -10,7 +12,10 @@ from lorakernels.ops.lora_linear import check, implementations
 from lorakernels.ops.lora_linear.kernels import dropout_keep
 from lorakernels.ops.lora_linear.reference import keep_mask
 
-IMPLEMENTATIONS = ("reference", "aten", "aten-wide", "triton")
+DTYPES = ((torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float16,) * 2)
+WAYS = [*itertools.product(("reference", "aten", "aten-wide", "triton"), DTYPES)]
+if not torch.cuda.is_available():
+    WAYS.append(("onednn", DTYPES[0]))
 
 
 @triton.jit
@@ -39,11 +44,8 @@ def mask_of(name: str, rows: int, columns: int, dropout_p: float, seed: torch.Te
     return mask.bool()
 
 
-@pytest.mark.parametrize(
-    "dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float16,) * 2]
-)
 @pytest.mark.parametrize("shape", [(37, 50, 70, 4), (130, 65, 33, 20)], ids=str)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("name", "dtypes"), WAYS)
 def test_backward_uses_the_mask_of_the_forward(name, shape, dtypes, device):
     m, n, k, r = shape
     dropout_p, seed = 0.4, torch.tensor([12345678901234567], device=device)

@@ -203,7 +203,7 @@ def good_arguments() -> dict:
         (
             {"backend": "cuda"},
             ValueError,
-            "backend: expected one of auto, reference, aten, triton, got 'cuda'",
+            "backend: expected one of auto, reference, aten, onednn, triton, got 'cuda'",
         ),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakernels import LoRALinear, RowParts, dispatch
+from lorakernels import LoRALinear, RowParts, cpu_gemm, dispatch
 
 
 def trained(linear: nn.Linear, r: int = 4, scale: float = 2.0, **options) -> LoRALinear:
@@ -162,11 +162,12 @@ def test_bad_parts_are_named(arguments, message):
 
 
 def test_prepare_chooses_before_the_first_forward(monkeypatch):
+    monkeypatch.setattr(cpu_gemm, "LARGE", 0)
     layer = trained(nn.Linear(24, 40, dtype=torch.bfloat16), dropout_p=0.1)
     layer.prepare(50)
     (problem,) = dispatch.choices()
     assert "M<=64 N=40 K=24 r=4, dropout" in problem
     monkeypatch.setattr(dispatch, "_measure", None)
     layer(torch.randn(5, 10, 24, dtype=torch.bfloat16)).sum().backward()
-    trained(nn.Linear(24, 40)).prepare(50)
+    trained(nn.Linear(24, 40, dtype=torch.float64)).prepare(50)
     assert list(dispatch.choices()) == [problem], "with one way there is nothing to choose"

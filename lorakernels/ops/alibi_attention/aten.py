@@ -163,6 +163,5 @@ def _softmax(
     shape = (len(bias), stop - start, stop)
     scores = scratch[: shape[0] * shape[1] * shape[2]].view(shape)
     torch.bmm(queries[:, start:stop], keys[:, :stop].mT, out=scores)
-    square = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores.device)
-    scores[:, :, start:].masked_fill_(square.triu_(1), -torch.inf)
+    scores[:, :, start:] += torch.full((stop - start,) * 2, -torch.inf, dtype=scores.dtype).triu_(1)
     return torch.softmax(scores, dim=-1, out=scores)

@@ -10,7 +10,7 @@ digits when the model is confident.
 
 import torch
 
-from lorakernels.cpu_gemm import weight_blocks, widens
+from lorakernels.cpu_gemm import Gemm, fastest, weight_blocks, widens
 
 BUFFER_BYTES = 16 * 2**20
 COLUMNS = 4096
@@ -45,11 +45,11 @@ def forward(
     mean = states.new_zeros((rows, width) if with_gradient else (0,), dtype=dtype)
     columns = min(COLUMNS, len(weight))
     chunk = min(rows, block_rows(columns, dtype))
-    buffer = torch.empty(chunk * columns, dtype=dtype, device=states.device)
+    gemm = fastest(compute)
     for start, _, block in weight_blocks(weight, columns, compute):
         for first in range(0, rows, chunk):
             part = slice(first, min(first + chunk, rows))
-            logits = _product(states[part], block.T, buffer)
+            logits = gemm.forward(states[part], block, None).to(dtype)
             _take_label(logits, labels[part, None] - start, label_logit[part])
             highest = torch.maximum(maximum[part], logits.amax(dim=1, keepdim=True))
             decay = (maximum[part] - highest).exp_()
@@ -57,7 +57,8 @@ def forward(
             weights = logits.sub_(highest).exp_()
             total[part] = total[part].mul_(decay) + weights.sum(dim=1, keepdim=True)
             if with_gradient:
-                _accumulate(mean[part].mul_(decay), weights, block)
+                _accumulate(gemm, mean[part].mul_(decay), weights, block)
+            del logits, weights  # or the next block would find no room in what they held
     total.clamp_(min=torch.finfo(dtype).tiny)
     odds = total.log().add_(maximum).sub_(label_logit)
     losses = torch.logaddexp(odds, torch.zeros_like(odds))
@@ -84,7 +85,7 @@ def weight_gradient(
     result = torch.empty_like(weight)
     columns = min(COLUMNS, len(weight))
     chunk = min(len(hidden), block_rows(columns, dtype))
-    buffer = torch.empty(chunk * columns, dtype=dtype, device=states.device)
+    gemm = fastest(compute)
     gradient_buffer = torch.empty(columns, hidden.shape[1], dtype=dtype, device=states.device)
     shift, scale = statistics[:, :1], statistics[:, 1:] * row_gradient[:, None]
     label_gradient = (torch.expm1(-losses) * row_gradient)[:, None]
@@ -92,10 +93,11 @@ def weight_gradient(
         gradient = gradient_buffer[: stop - start].zero_()
         for first in range(0, len(hidden), chunk):
             part = slice(first, min(first + chunk, len(hidden)))
-            logits = _product(states[part], block.T, buffer)
+            logits = gemm.forward(states[part], block, None).to(dtype)
             weights = logits.sub_(shift[part]).exp_().mul_(scale[part])
             _put_label(weights, labels[part, None] - start, label_gradient[part])
             gradient.addmm_(weights.T, wide_states[part])
+            del logits, weights
         result[start:stop] = gradient
     return result
 
@@ -106,18 +108,11 @@ def _product_dtype(weight: torch.Tensor) -> torch.dtype:
     return weight.dtype if narrow else statistics_dtype(weight.dtype)
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    out = buffer[: left.shape[0] * right.shape[1]].view(left.shape[0], right.shape[1])
-    if left.dtype == buffer.dtype:
-        return torch.mm(left, right, out=out)
-    return out.copy_(left @ right)
-
-
-def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def _accumulate(gemm: Gemm, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     if right.dtype == total.dtype:
-        total.addmm_(left, right)
+        gemm.add(total, left, right)
     else:
-        total.add_(left.to(right.dtype) @ right)
+        total.add_(gemm.backward(left.to(right.dtype), right))
 
 
 def _inside(logits: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorakernels.ops.lora_linear.implementations import select
 from lorakernels.ops.lora_linear.reference import wide_dtype
 
-BACKENDS = ("auto", "reference", "aten", "triton")
+BACKENDS = ("auto", "reference", "aten", "onednn", "triton")
 
 
 def lora_linear(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakernels.ops.lora_linear.reference import plain_lora_linear
+from lorakernels.tolerance import error_bound, relative_error
 
 RESULTS = ("y", "dx", "dA", "dB")
 EXACT_ROWS = 2048
@@ -68,20 +69,6 @@ def random_problem(
         dy=normal(m, n),
         scale=scale,
     )
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of got - exact over that of exact, in float64; inf for a wrong shape or a non-number."""
-    if got.shape != exact.shape or not torch.isfinite(got).all():
-        return math.inf
-    difference, norm = (got.double() - exact.double()).norm(), exact.double().norm()
-    return float(difference / norm) if norm else float(difference)
-
-
-def error_bound(plain_error: float, dtype: torch.dtype, elements: int) -> float:
-    """The largest error that passes for a result of dtype, given that of the plain expression."""
-    eps = torch.finfo(dtype).eps
-    return 1.2 * plain_error + (eps / math.sqrt(max(elements, 1)) if dtype.itemsize == 2 else 4 * eps)
 
 
 def plain_results(problem: Problem, multiplier: Tensor | None = None, *, wide: bool = False) -> list[Tensor]:

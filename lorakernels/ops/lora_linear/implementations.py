@@ -6,19 +6,20 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from lorakernels import dispatch
+from lorakernels import cpu_gemm, dispatch
 from lorakernels.dispatch import Implementation
-from lorakernels.ops.lora_linear import aten, check, reference
+from lorakernels.ops.lora_linear import aten, check, onednn, reference
 
 REFERENCE = Implementation("reference", reference.forward, reference.backward)
 ATEN = Implementation("aten", aten.forward, aten.backward)
 ATEN_WIDE = Implementation("aten-wide", aten.forward_wide, aten.backward_wide)
+ONEDNN = Implementation("onednn", onednn.forward, onednn.backward)
 
 
 def candidates(x: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
     """What may compute a problem on x's device under backend="auto", the baseline first."""
     if x.device.type != "cuda":
-        return (ATEN, ATEN_WIDE) if x.dtype.itemsize == 2 else (ATEN,)
+        return (ATEN, ATEN_WIDE) if x.dtype.itemsize == 2 else (ATEN, *_onednn(x))
     usable = x.dtype != torch.float64 and _has_triton()
     tiles = triton_implementations(x, dropout_p) if usable else ()
     # with dropout the ATen mask costs a wait for the device, and forward and backward must share one kind of
@@ -59,7 +60,7 @@ def select(
     if x.numel() == 0 or weight.numel() == 0:
         return ATEN if backend != "reference" else REFERENCE
     chosen = candidates(x, dropout_p) if backend == "auto" else _named(x, dropout_p, backend)
-    if len(chosen) == 1:
+    if len(chosen) == 1 or (x.is_cpu and not cpu_gemm.is_large(x.shape[0], weight)):
         return chosen[0]
     rank = lora_a.shape[0]
     bucket = 1 << max(0, x.shape[0] - 1).bit_length()
@@ -126,13 +127,17 @@ def _named(x: Tensor, dropout_p: float, backend: str) -> tuple[Implementation, .
             raise ValueError("backend: 'triton' on CPU tensors needs TRITON_INTERPRET=1 and Triton installed")
         offered = triton_implementations(x, dropout_p)
     else:
-        offered = (REFERENCE, ATEN, ATEN_WIDE)
+        offered = (REFERENCE, ATEN, ATEN_WIDE, *_onednn(x))
     named = tuple(one for one in offered if backend in (one.name, one.name.split(":")[0]))
     if not named:
         raise ValueError(
             f"backend: expected one of {', '.join(one.name for one in offered)}, got {backend!r}"
         )
     return named
+
+
+def _onednn(x: Tensor) -> tuple[Implementation, ...]:
+    return (ONEDNN,) if x.is_cpu and x.dtype == torch.float32 and cpu_gemm.has_onednn() else ()
 
 
 @functools.cache

@@ -1,0 +1,114 @@
+"""The frozen linear layer, alone or after GELU: nothing is saved for the backward pass that it does not need.
+
+On a CPU the products are those of `cpu_gemm.fastest`, and GELU rides along: a block of rows of gelu(x) is
+made, multiplied while it is in cache, and dropped; the backward pass multiplies a block of its gradient with
+the derivative in the same way. So gelu(x) never exists as a whole.
+"""
+
+import torch
+from torch.nn.functional import gelu as torch_gelu
+from torch.nn.functional import linear
+
+from lorakernels import cpu_gemm
+
+# of gelu(x) at a time: stays in the cache, and long enough for full GEMM speed at BLOOM's widths
+BLOCK_BYTES = 4 * 2**20
+
+
+def frozen_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gelu: bool = False
+) -> torch.Tensor:
+    """``F.linear`` of x, or of gelu(x), for a weight that is not trained; of x it saves what gelu needs.
+
+    x [..., K], weight [N, K], bias [N] or None, of one floating dtype; returns [..., N] of that dtype. gelu
+    is the tanh form, 0.5·x·(1 + tanh(sqrt(2/π)·(x + 0.044715·x³))), of Hendrycks and Gimpel (2016,
+    arXiv:1606.08415). Small products, those of a GPU and those under autocast are `F.linear`'s; on a CPU the
+    faster library multiplies, and where it multiplies float32 faster than the weight's 16 bits, the weight is
+    cast block by block.
+
+    Raises ValueError if weight or bias requires a gradient or the shapes do not fit, TypeError on mixed
+    dtypes.
+    """
+    device = x.device.type
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight: expected [N, K] for x [..., K] {list(x.shape)}, got {list(weight.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.requires_grad:
+            raise ValueError(f"{name}: expected a frozen tensor, got one with requires_grad=True")
+        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(device):
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape {[len(weight)]}, got {list(bias.shape)}")
+    simple = torch.is_autocast_enabled(device) or device != "cpu" or x.dtype == torch.float64
+    if simple or not cpu_gemm.is_large(x.shape[:-1].numel(), weight):
+        return linear(torch_gelu(x, approximate="tanh") if gelu else x, weight, bias)
+    return _forward(x, weight, bias, gelu)
+
+
+@torch.library.custom_op("lorakernels::frozen_linear", mutates_args=(), device_types="cpu")
+def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    gemm, rows = cpu_gemm.fastest(weight.dtype), x.reshape(-1, weight.shape[1])
+    if not gelu:
+        out = gemm.forward(rows, weight, bias)
+    else:
+        out = rows.new_empty(len(rows), len(weight))
+        size = _block_rows(rows)
+        for part, block in zip(out.split(size), rows.split(size), strict=True):
+            part.copy_(gemm.forward(torch_gelu(block, approximate="tanh"), weight, bias))
+    return out.view(*x.shape[:-1], len(weight))
+
+
+@torch.library.custom_op("lorakernels::frozen_linear_backward", mutates_args=(), device_types="cpu")
+def _backward(dy: torch.Tensor, weight: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+    """The gradient of x; x is given where the layer had a GELU."""
+    gemm, rows = cpu_gemm.fastest(weight.dtype), dy.reshape(-1, len(weight))
+    if x is None:
+        dx = gemm.backward(rows, weight)
+    else:
+        x_rows = x.reshape(-1, weight.shape[1])
+        dx = torch.empty_like(x_rows)
+        size = _block_rows(x_rows)
+        for part, block, before in zip(dx.split(size), rows.split(size), x_rows.split(size), strict=True):
+            torch.ops.aten.gelu_backward.grad_input(
+                gemm.backward(block, weight), before, approximate="tanh", grad_input=part
+            )
+    return dx.view(*dy.shape[:-1], weight.shape[1])
+
+
+def _block_rows(x: torch.Tensor) -> int:
+    # a weight that is cast is cast once for each block: one block then
+    if cpu_gemm.widens(x.dtype):
+        return max(1, len(x))
+    return max(1, BLOCK_BYTES // (x.element_size() * max(1, x.shape[1])))
+
+
+@_forward.register_fake
+def _(x, weight, bias, gelu):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@_backward.register_fake
+def _(dy, weight, x):
+    return dy.new_empty(*dy.shape[:-1], weight.shape[1])
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, gelu = inputs
+    ctx.save_for_backward(weight, *([x] if gelu else []))
+
+
+def _input_gradient(ctx, dy):
+    weight, *x = ctx.saved_tensors
+    return _backward(dy, weight, x[0] if x else None), None, None, None
+
+
+_forward.register_autograd(_input_gradient, setup_context=_save)
+
+
+def _refuse_double_backward(ctx, *_gradients):
+    raise RuntimeError("frozen_linear is differentiable once: its backward has no gradient")
+
+
+_backward.register_autograd(_refuse_double_backward)
