@@ -34,6 +34,7 @@ def lorakernels_linear(problem: check.Problem) -> baselines.Layer:
 LAYERS = {
     FLOOR: baselines.frozen,
     OURS: lorakernels_linear,
+    "frozen linear, torch's": baselines.torch_frozen,
     "plain expression": baselines.plain,
     "addmm in place": baselines.addmm_in_place,
     "PEFT": baselines.peft_linear,

@@ -81,11 +81,12 @@ def test_against_float64(shape, dtype, documents):
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 150), st.integers(2, 40)),
     dtype=st.sampled_from(DTYPES), documents=st.sampled_from([0.0, 0.02, 0.3]),
-    queries=st.integers(1, 160), kibibytes=st.integers(1, 300), sharpness=st.sampled_from([0.1, 1.0, 8.0]),
-    seed=st.integers(0, 99),
+    queries=st.integers(1, 160), keys=st.integers(1, 40), kibibytes=st.integers(1, 300),
+    sharpness=st.sampled_from([0.1, 1.0, 8.0]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_problem(shape, dtype, documents, queries, kibibytes, sharpness, seed, monkeypatch):
+def test_any_problem(shape, dtype, documents, queries, keys, kibibytes, sharpness, seed, monkeypatch):
     monkeypatch.setattr(aten, "QUERIES", queries)
+    monkeypatch.setattr(aten, "KEYS", keys)
     monkeypatch.setattr(aten, "SCORE_BYTES", kibibytes * 1024)
     tensors, slopes, ids, incoming = make_problem(
         shape, dtype, seed=seed, documents=documents, sharpness=sharpness
@@ -220,14 +221,57 @@ def test_memory_is_linear_in_the_length():
     assert largest[1] < 2 * 4000 * 4000 // 10
 
 
-def without_mask(queries, keys, bias, start, stop, scratch):
-    keys[:, :stop, -1] = bias[:, :stop]
-    return torch.softmax(queries[:, start:stop] @ keys[:, :stop].mT, dim=-1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_keys_beyond_a_heads_sight_are_skipped_and_missed_by_nobody(dtype, monkeypatch):
+    seen = []
+    softmax = aten._softmax
+
+    def spy(queries, keys, bias, first, start, stop, scratch):
+        seen.append((len(queries), first, start))
+        return softmax(queries, keys, bias, first, start, stop, scratch)
+
+    monkeypatch.setattr(aten, "_softmax", spy)
+    tensors, slopes, _, incoming = make_problem((1, 8, 1000, 16), dtype, sharpness=0.3)
+    results = results_of(alibi_attention, tensors, slopes, incoming)
+    assert failures(results, tensors, slopes, None, incoming) == []
+    firsts = [first for heads, first, start in seen if start == 896 for _ in range(heads)]
+    assert firsts[0] == 768
+    assert firsts[:8] == firsts[8:] == sorted(firsts[:8], reverse=True)
+    assert firsts[7] == 0
+
+
+def test_a_far_key_with_a_large_score_is_seen():
+    """At the steepest head, where 900 tokens cost 450 of score."""
+    tensors, slopes, _, incoming = make_problem((1, 8, 1000, 16), torch.float32)
+    query, key, _ = tensors
+    query[0, 0, 990] = 10.0
+    key[0, 0, 90] = 13.0
+    results = results_of(alibi_attention, tensors, slopes, incoming)
+    assert failures(results, tensors, slopes, None, incoming) == []
+    torch.testing.assert_close(results[0][0, 0, 990], tensors[2][0, 0, 90])
+
+
+def test_a_number_that_is_none_reaches_every_later_row():
+    tensors, slopes, _, _ = make_problem((1, 8, 1000, 16), torch.float32, sharpness=0.1)
+    tensors[1][0, 0, 5] = float("nan")
+    out = alibi_attention(*tensors, slopes)
+    assert out[0, 0, 5:].isnan().all()
+    assert out[0, 1:].isfinite().all()
+
+
+def without_mask(queries, keys, bias, first, start, stop, scratch):
+    keys[:, first:stop, -1] = bias[:, first:stop]
+    return torch.softmax(queries[:, start:stop] @ keys[:, first:stop].mT, dim=-1)
+
+
+def first_keys_of_short_vectors(queries, keys, bias, first_keys=aten._first_keys):
+    return first_keys(queries * 1e-3, keys, bias)
 
 
 MUTATIONS = {
     "no mask": ("_softmax", without_mask),
     "no bias": ("alibi_bias", lambda slopes, positions, dtype: alibi_bias(slopes, positions * 0, dtype)),
+    "lengths ignored": ("_first_keys", first_keys_of_short_vectors),
     "no documents": ("document_spans", lambda ids, batch, length: [[0, length]] * batch),
     "bias from the end": ("alibi_bias", lambda slopes, at, dtype: alibi_bias(slopes, at.max() - at, dtype)),
 }
@@ -236,6 +280,8 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_attention_is_caught(mutation, monkeypatch):
     monkeypatch.setattr(aten, *MUTATIONS[mutation])
-    tensors, slopes, ids, incoming = make_problem((1, 4, 400, 16), torch.bfloat16, documents=0.004)
+    tensors, slopes, ids, incoming = make_problem(
+        (1, 4, 700, 16), torch.bfloat16, documents=0.004, sharpness=9
+    )
     results = results_of(alibi_attention, tensors, slopes, incoming, document_ids=ids)
     assert failures(results, tensors, slopes, ids, incoming) != []
