@@ -21,10 +21,14 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def trim() -> None:
+    """Give freed blocks back that glibc keeps: they would hide a step that fits in there."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_over(step: Callable[[], object]) -> int:
     """Bytes that step takes at its peak beyond what this process has in use before it."""
-    # what glibc keeps of freed blocks would hide a step that fits in there
-    ctypes.CDLL(None).malloc_trim(0)
+    trim()
     reset_peak()
     before = resident()
     step()

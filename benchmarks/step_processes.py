@@ -68,6 +68,7 @@ def _serve(pipe: Connection, name: str, shape: Shape, weights: Path, threads: in
             # Mapped weights that this model has not read yet would count as the step's own memory.
             for parameter in model.parameters():
                 parameter.detach().sum()
+        process_memory.trim()
         before = process_memory.resident()
         loss = None
         while True:

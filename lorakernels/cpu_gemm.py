@@ -141,7 +141,7 @@ def in_float32(gemm: Gemm) -> Gemm:
         for start, stop, block in weight_blocks(weight, _block_rows(weight), torch.float32):
             gemm.add(total, dy[:, start:stop].float(), block)
 
-    return Gemm(f"float32 by {gemm.name}", forward, backward, add)
+    return Gemm("float32", forward, backward, add)
 
 
 def _block_rows(weight: torch.Tensor) -> int:

@@ -173,11 +173,14 @@ def fill_adapters(model: nn.Module) -> list[Tensor]:
 
 def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tensor], list[Tensor], nn.Module]:
     """A function that runs forward and backward and returns the loss; the adapters whose .grad it fills; the
-    model."""
+    model. What is chosen by measurement is chosen here."""
     if RIVALS[name].settings:
         setup_process()
     model = RIVALS[name].build(load_base(shape, weights))
     trained = fill_adapters(model)
+    for layer in adapted_layers(model).values():
+        layer.prepare(shape.tokens)
+        cpu_gemm.fastest(layer.weight.dtype)
     batch = shape.batch()
 
     def step() -> Tensor:

@@ -12,7 +12,7 @@ from bloomft.config import SCHEDULES, load_config
 from bloomft.errors import UserError
 from bloomft.model import load_base, patch_base
 from bloomft.train import evaluate, load_data, make_optimizer, train
-from lorakernels import dispatch
+from lorakernels import cpu_gemm, dispatch
 
 
 def metrics(run: str | Path) -> list[dict]:
@@ -63,6 +63,7 @@ def test_a_run_learns_and_leaves_what_it_promises(run):
 
 def test_a_16_bit_run_records_its_choices_and_goes_on_with_them(run, monkeypatch, tmp_path):
     monkeypatch.setenv("LORAKERNELS_CACHE_DIR", str(tmp_path / "choices"))
+    monkeypatch.setattr(cpu_gemm, "LARGE", 0)
     dispatch.forget()
     half = run(train__precision="bf16", optim__scheduler__num_training_steps=3)
     recorded = json.loads((half.run_dir / "kernels.json").read_text())
