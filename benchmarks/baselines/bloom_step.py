@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
 
+from benchmarks.baselines.cross_entropy import row_chunks
 from bloomft.fused_model import FUSED_CLASSES, FusedBloomAttention, FusedBloomForCausalLM, FusedBloomModel
 from bloomft.patch import adapted_layers, patch_bloom
 from bloomft.runtime import setup_process
@@ -191,6 +193,24 @@ def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tens
         return loss.detach()
 
     return step, trained, model
+
+
+def exact_results(shape: Shape, weights: Path, threads: int) -> tuple[float, list[np.ndarray]]:
+    """Loss and adapter gradients of PEFT's model in float64, but for transformers' float32 softmax.
+
+    The logits are made a few rows at a time. For a fresh process.
+    """
+    torch.set_num_threads(threads)
+    setup_process()
+    model = with_peft(load_base(shape, weights))
+    trained = fill_adapters(model)
+    model.double()
+    batch = shape.batch()
+    bloom = model.base_model.model
+    hidden = bloom.transformer(batch["input_ids"]).last_hidden_state
+    loss = row_chunks(hidden[0, :-1], bloom.lm_head.weight, batch["labels"][0, 1:])
+    loss.backward()
+    return loss.item(), [value.grad.numpy() for value in trained]
 
 
 def gemms(shape: Shape, head: bool = True) -> list[tuple[str, int, int, int, int]]:
