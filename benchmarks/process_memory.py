@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 
@@ -35,10 +36,10 @@ def peak_over(step: Callable[[], object]) -> int:
     return peak() - before
 
 
-def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
-    """What function, importable, returns in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def in_fresh_process(function: Callable, *arguments: object):
+    """What function, importable, returns in a new process; BrokenProcessPool if that is killed, as for memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
 
 
 def _read(name: str) -> int:

@@ -201,5 +201,6 @@ def _softmax(
     shape = (len(bias), stop - start, stop - first)
     scores = scratch[: shape[0] * shape[1] * shape[2]].view(shape)
     torch.bmm(queries[:, start:stop], keys[:, first:stop].mT, out=scores)
-    scores[:, :, start - first :] += torch.full((stop - start,) * 2, -torch.inf, dtype=scores.dtype).triu_(1)
+    square = scores.new_full((stop - start, stop - start), -torch.inf)
+    scores[:, :, start - first :] += square.triu_(1)
     return torch.softmax(scores, dim=-1, out=scores)
