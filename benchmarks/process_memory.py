@@ -37,7 +37,7 @@ def peak_over(step: Callable[[], object]) -> int:
 
 
 def in_fresh_process(function: Callable, *arguments: object):
-    """What function, importable, returns in a new process; BrokenProcessPool if that is killed, as for memory."""
+    """What function, importable, returns in a new process; BrokenProcessPool where that was killed."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *arguments).result()
 
