@@ -8,6 +8,8 @@ frozen product of 16-bit tensors in float32, on blocks of the weight, for a CPU 
 slower ones. Signatures and shapes are those of reference.py; S and dS are in float32 or wider.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ CPU_COLUMNS = 16
 # MKL) and as a batch of this many groups of columns, which two threads share better than one product.
 CPU_GROUPS = 16
 
+Product = Callable[[Tensor, Tensor], Tensor]
+
 
 def forward(
     x: Tensor,
@@ -35,7 +39,7 @@ def forward(
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] in x's dtype and S [M, r] in wide_dtype, scale included."""
-    s = _shrink(x, lora_a, scale, dropout_p, seed)
+    s = shrink(x, lora_a, scale, dropout_p, seed)
     if x.dtype == s.dtype:
         return _thin_with_bias(s, lora_b, bias).addmm_(x, weight.T), s
     y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
@@ -55,7 +59,7 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
-    ds, keep, da, db = _thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
+    ds, keep, da, db = thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
     dx = None
     if needs[0] and dy.dtype == ds.dtype:
         dx = ds @ lora_a
@@ -80,7 +84,7 @@ def forward_wide(
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As forward, the products in float32: y is rounded once."""
-    s = _shrink(x, lora_a, scale, dropout_p, seed)
+    s = shrink(x, lora_a, scale, dropout_p, seed)
     wide_x, wide_b = x.to(s.dtype), lora_b.to(s.dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     wide_bias = None if bias is None else bias.to(s.dtype)
@@ -104,7 +108,7 @@ def backward_wide(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As backward, the products in float32: dx is rounded once."""
-    ds, keep, da, db = _thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
+    ds, keep, da, db = thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
     dx = None
     if needs[0]:
         total = ds @ lora_a.to(ds.dtype)
@@ -116,42 +120,7 @@ def backward_wide(
     return dx, da, db
 
 
-def _shrink(x: Tensor, lora_a: Tensor, scale: float, dropout_p: float, seed: Tensor) -> Tensor:
-    """S = scale·drop(x)·Aᵀ, [M, r]."""
-    dropped = x * keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else x
-    return _wide_product(dropped, lora_a.T) * (scale / (1 - dropout_p))
-
-
-def _thin_gradients(
-    dy: Tensor,
-    x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dS [M, r], the keep mask [M, K], dA and dB, each None where it is not needed."""
-    need_x, need_a, need_b = needs
-    ds = keep = da = db = None
-    if need_x or need_a:
-        ds = _wide_product(dy, lora_b) * (scale / (1 - dropout_p))
-        keep = keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else None
-    if need_a:
-        da = _wide_product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
-    if need_b:
-        db = _wide_product_over_rows(dy, s).to(lora_b.dtype)
-    return ds, keep, da, db
-
-
-def _thin_with_bias(s: Tensor, lora_b: Tensor, bias: Tensor | None) -> Tensor:
-    """S·Bᵀ + bias, [M, N]."""
-    return s @ lora_b.T if bias is None else torch.addmm(bias, s, lora_b.T)
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, r] in a's wide dtype, without a whole wide copy of a."""
     wide, rank = wide_dtype(a.dtype), b.shape[1]
     if a.is_cuda:
@@ -167,7 +136,7 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return out[:, :rank]
 
 
-def _wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+def wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ [K, M] times b [M, r] in a's wide dtype, without a whole wide copy of a."""
     wide = wide_dtype(a.dtype)
     if a.is_cuda:
@@ -178,7 +147,51 @@ def _wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
         groups = a.unflatten(1, (CPU_GROUPS, -1)).transpose(0, 1)
         return torch.bmm(b.T.expand(CPU_GROUPS, -1, -1), groups).transpose(0, 1).flatten(1).T
     blocks = zip(a.split(WIDEN_ROWS), b.split(WIDEN_ROWS), strict=True)
-    return sum(_wide_product_over_rows(block.to(wide), rows) for block, rows in blocks)
+    return sum(wide_product_over_rows(block.to(wide), rows) for block, rows in blocks)
+
+
+def shrink(
+    x: Tensor,
+    lora_a: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor,
+    product: Product = wide_product,
+) -> Tensor:
+    """S = scale·drop(x)·Aᵀ, [M, r]."""
+    dropped = x * keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else x
+    return product(dropped, lora_a.T) * (scale / (1 - dropout_p))
+
+
+def thin_gradients(
+    dy: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor,
+    needs: tuple[bool, bool, bool],
+    product: Product = wide_product,
+    product_over_rows: Product = wide_product_over_rows,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dS [M, r], the keep mask [M, K], dA and dB, each None where it is not needed."""
+    need_x, need_a, need_b = needs
+    ds = keep = da = db = None
+    if need_x or need_a:
+        ds = product(dy, lora_b) * (scale / (1 - dropout_p))
+        keep = keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else None
+    if need_a:
+        da = product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
+    if need_b:
+        db = product_over_rows(dy, s).to(lora_b.dtype)
+    return ds, keep, da, db
+
+
+def _thin_with_bias(s: Tensor, lora_b: Tensor, bias: Tensor | None) -> Tensor:
+    """S·Bᵀ + bias, [M, N]."""
+    return s @ lora_b.T if bias is None else torch.addmm(bias, s, lora_b.T)
 
 
 def _product_of_parts(a: Tensor, b: Tensor) -> Tensor:

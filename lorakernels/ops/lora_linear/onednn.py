@@ -7,9 +7,9 @@ addend read by the GEMM. Signatures and shapes are those of reference.py.
 from torch import Tensor
 
 from lorakernels.cpu_gemm import ONEDNN
-from lorakernels.ops.lora_linear.reference import keep_mask
+from lorakernels.ops.lora_linear import aten
 
-product = ONEDNN.forward
+product = ONEDNN.backward  # of a [M, K] and b [K, r]
 
 
 def forward(
@@ -23,9 +23,8 @@ def forward(
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and S [M, r], scale included."""
-    dropped = x * keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else x
-    s = product(dropped, lora_a, None).mul_(scale / (1 - dropout_p))
-    return product(x, weight, bias).addmm_(s, lora_b.T), s
+    s = aten.shrink(x, lora_a, scale, dropout_p, seed, product)
+    return ONEDNN.forward(x, weight, bias).addmm_(s, lora_b.T), s
 
 
 def backward(
@@ -41,16 +40,16 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [M, K], dA [r, K] and dB [N, r]; None where needs says so."""
-    need_x, need_a, need_b = needs
-    dx = da = db = None
-    if need_x or need_a:
-        ds = product(dy, lora_b.T, None).mul_(scale / (1 - dropout_p))
-        keep = keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else None
-    if need_a:
-        da = product(ds.T, (x if keep is None else x * keep).T, None)
-    if need_b:
-        db = product(s.T, dy.T, None).T
-    if need_x:
-        dx = product(dy, weight.T, None)
+    ds, keep, da, db = aten.thin_gradients(
+        dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs, product, product_over_rows
+    )
+    dx = None
+    if needs[0]:
+        dx = product(dy, weight)
         dx = dx.addmm_(ds, lora_a) if keep is None else dx.add_((ds @ lora_a).mul_(keep))
     return dx, da, db
+
+
+def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ [K, M] times b [M, r], the few rows of bᵀ on the left: the other order takes five times as long."""
+    return product(b.T, a).T
