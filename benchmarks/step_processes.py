@@ -80,7 +80,7 @@ def _serve(pipe: Connection, name: str, shape: Shape, weights: Path, threads: in
                 seconds = time.perf_counter() - start
                 pipe.send((seconds, process_memory.peak() - before))
             else:
-                pipe.send((loss.item(), [value.grad.numpy() for value in trained]))
+                pipe.send((loss.item(), [value.grad.float().numpy() for value in trained]))
     except (EOFError, KeyboardInterrupt):
         return
     except Exception as error:
