@@ -38,8 +38,8 @@ class FusedBloomAttention(BloomAttention):
         query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
         context = alibi_attention(query, key, value, alibi.slopes, document_ids=alibi.document_ids)
         context = context.transpose(1, 2).flatten(2)  # [B, T, H]
-        output = self.dense(context)
-        return residual + nn.functional.dropout(output, self.hidden_dropout, self.training), None
+        output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
+        return _add_residual(output, residual), None
 
 
 class FusedBloomMLP(BloomMLP):
@@ -57,7 +57,7 @@ class FusedBloomMLP(BloomMLP):
             output = frozen_linear(inner, down.weight, down.bias, gelu=True)
         else:
             output = down(nn.functional.gelu(inner, approximate="tanh"))
-        return residual + nn.functional.dropout(output, self.hidden_dropout, self.training)
+        return _add_residual(nn.functional.dropout(output, self.hidden_dropout, self.training), residual)
 
 
 class FusedLinear(nn.Linear):
@@ -273,6 +273,11 @@ FUSED_CLASSES = {
     BloomMLP: FusedBloomMLP,
     nn.Linear: FusedLinear,
 }
+
+
+def _add_residual(output: Tensor, residual: Tensor) -> Tensor:
+    """output + residual, in output's memory where autocast has not made their dtypes differ."""
+    return output.add_(residual) if output.dtype == residual.dtype else output + residual
 
 
 def _has_holes(attention_mask) -> bool:

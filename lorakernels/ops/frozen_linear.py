@@ -57,7 +57,8 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, g
         size = _block_rows(rows)
         for part, block in zip(out.split(size), rows.split(size), strict=True):
             part.copy_(gemm.forward(torch_gelu(block, approximate="tanh"), weight, bias))
-    return out.view(*x.shape[:-1], len(weight))
+    # no view, or nobody could add to the result in place
+    return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], len(weight)])
 
 
 @torch.library.custom_op("lorakernels::frozen_linear_backward", mutates_args=(), device_types="cpu")

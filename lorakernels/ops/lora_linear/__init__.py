@@ -132,7 +132,8 @@ def _forward_op(
     run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
     with _without_autocast(x.device):
         y, s = run.forward(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    return y.view(*x.shape[:-1], weight.shape[0]), s, seed
+    # no view, or nobody could add to y in place
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), s, seed
 
 
 @_forward_op.register_fake
