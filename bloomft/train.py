@@ -137,6 +137,7 @@ def train(config: Config) -> TrainResult:
                 loss = model(**_to_device(batch, device), num_items_in_batch=counts.labels).loss
                 scaler.scale(loss).backward()
                 window_loss += loss.detach() * counts.labels
+                del loss  # its graph, spread over the heap, would leave the next one no room in between
             window_labels += counts.labels
             done += counts
             if step == 0:

@@ -45,6 +45,13 @@ def test_opcheck(dtype, documents):
     opcheck(torch.ops.lorakernels.alibi_attention_backward.default, (incoming, *tensors, slopes, ids))
 
 
+def test_result_may_be_changed_in_place():
+    fused, slopes, ids = make_problem(9)
+    (expected,) = torch.autograd.grad((2 * attend(fused, slopes, ids)).square().sum(), fused)
+    (got,) = torch.autograd.grad(attend(fused, slopes, ids).mul_(2).square().sum(), fused)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_whole_and_once_for_every_length(compiler):
     counter = CompileCounterWithBackend(compiler)

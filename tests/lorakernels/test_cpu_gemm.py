@@ -69,6 +69,13 @@ def test_opcheck(choose_gemm):
         )
 
 
+def test_result_may_be_changed_in_place(choose_gemm):
+    choose_gemm(widens=False)
+    x, weight = torch.randn(2, 3, 8).requires_grad_(), torch.randn(5, 8)
+    (dx,) = torch.autograd.grad(frozen_linear(x, weight).mul_(2).sum(), x)
+    torch.testing.assert_close(dx, (2 * weight.sum(0)).expand_as(x))
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 def test_nothing_is_saved_but_the_weight_and_what_gelu_needs(gelu, choose_gemm):
     choose_gemm(widens=False)

@@ -156,6 +156,14 @@ def test_saves_x_and_thin_tensors_only(dropout_p, device):
     assert sum(t.numel() for t in extra) <= 50 * layer.r + 1
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=str)
+def test_result_may_be_changed_in_place(shape, device):
+    layer, x = make_layer(device), torch.randn(*shape, 24, device=device)
+    in_place = gradients(lambda x: layer(x).mul_(2).add_(1), layer, x)
+    expected = gradients(lambda x: layer(x) * 2 + 1, layer, x)
+    assert all(torch.equal(got, right) for got, right in zip(in_place, expected, strict=True))
+
+
 def test_double_backward_is_refused(device):
     layer = make_layer(device)
     x = torch.randn(5, 24, device=device, requires_grad=True)

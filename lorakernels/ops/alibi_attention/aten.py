@@ -31,8 +31,8 @@ SCORE_BYTES = 4 * 2**20
 
 def empty_token_major(query: torch.Tensor) -> torch.Tensor:
     """An empty [B, heads, T, D] stored as [B, T, heads, D], which is how the neighbouring layers read it."""
-    batch, heads, length, width = query.shape
-    return torch.empty(batch, length, heads, width, dtype=query.dtype, device=query.device).transpose(1, 2)
+    _, heads, length, width = query.shape
+    return query.new_empty_strided(query.shape, (length * heads * width, width, heads * width, 1))
 
 
 def document_spans(document_ids: torch.Tensor | None, batch: int, length: int) -> list[list[int]]:
