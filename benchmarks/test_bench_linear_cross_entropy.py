@@ -87,6 +87,7 @@ def peak_over_inputs(way: str, rows: int, dtype: torch.dtype, threads: int) -> i
     return process_memory.peak_over(lambda: step(way, *problem))
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.benchmark(group="linear_cross_entropy")
 @pytest.mark.parametrize(("rows", "dtype"), SIZES)
 def test_loss(benchmark, rows, dtype, full):

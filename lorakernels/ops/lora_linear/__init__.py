@@ -127,7 +127,9 @@ def _forward_op(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    seed = torch.randint(2**63 - 1, _seed_shape(dropout_p), dtype=torch.int64, device=x.device)
+    seed = x.new_empty(_seed_shape(dropout_p), dtype=torch.int64)
+    if dropout_p:
+        seed.random_()
     rows = x.reshape(-1, x.shape[-1])
     run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
     with _without_autocast(x.device):

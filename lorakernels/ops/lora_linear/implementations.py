@@ -63,20 +63,40 @@ def select(
     if len(chosen) == 1 or (x.is_cpu and not cpu_gemm.is_large(x.shape[0], weight)):
         return chosen[0]
     rank = lora_a.shape[0]
-    bucket = 1 << max(0, x.shape[0] - 1).bit_length()
-    device, dtype, adapters = (
+    problem = _problem(
         dispatch.device_name(x.device),
-        dispatch.dtype_name(x.dtype),
-        dispatch.dtype_name(lora_a.dtype),
-    )
-    problem = (
-        f"lora_linear on {device}, {dtype} with {adapters} adapters, "
-        f"M<={bucket} N={weight.shape[0]} K={weight.shape[1]} r={rank}"
-        f"{'' if weight.stride(1) == 1 else ', weight stored by columns'}"
-        f"{', dropout' if dropout_p else ''}{'' if backend == 'auto' else f', {backend} only'}"
+        x.dtype,
+        lora_a.dtype,
+        1 << max(0, x.shape[0] - 1).bit_length(),
+        *weight.shape,
+        rank,
+        weight.stride(1) != 1,
+        dropout_p > 0,
+        backend,
     )
     trial = functools.partial(_Trial, x.shape[0], weight, bias, rank, lora_a.dtype, scale, dropout_p)
     return dispatch.choose(problem, chosen, trial)
+
+
+@functools.lru_cache
+def _problem(
+    device: str,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    rows: int,
+    n: int,
+    k: int,
+    rank: int,
+    by_columns: bool,
+    dropout: bool,
+    backend: str,
+) -> str:
+    """What `dispatch` remembers a choice under; kept, since every forward and backward asks for it."""
+    return (
+        f"lora_linear on {device}, {dispatch.dtype_name(dtype)} with {dispatch.dtype_name(adapter_dtype)} "
+        f"adapters, M<={rows} N={n} K={k} r={rank}{', weight stored by columns' if by_columns else ''}"
+        f"{', dropout' if dropout else ''}{'' if backend == 'auto' else f', {backend} only'}"
+    )
 
 
 class _Trial:
