@@ -39,7 +39,7 @@ class FusedBloomAttention(BloomAttention):
         context = alibi_attention(query, key, value, alibi.slopes, document_ids=alibi.document_ids)
         context = context.transpose(1, 2).flatten(2)  # [B, T, H]
         output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
-        return _add_residual(output, residual), None
+        return _add_residual(self.dense, output, residual), None
 
 
 class FusedBloomMLP(BloomMLP):
@@ -57,7 +57,8 @@ class FusedBloomMLP(BloomMLP):
             output = frozen_linear(inner, down.weight, down.bias, gelu=True)
         else:
             output = down(nn.functional.gelu(inner, approximate="tanh"))
-        return _add_residual(nn.functional.dropout(output, self.hidden_dropout, self.training), residual)
+        output = nn.functional.dropout(output, self.hidden_dropout, self.training)
+        return _add_residual(down, output, residual)
 
 
 class FusedLinear(nn.Linear):
@@ -275,9 +276,14 @@ FUSED_CLASSES = {
 }
 
 
-def _add_residual(output: Tensor, residual: Tensor) -> Tensor:
-    """output + residual, in output's memory where autocast has not made their dtypes differ."""
-    return output.add_(residual) if output.dtype == residual.dtype else output + residual
+def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
+    """layer's output + residual, in output's memory where that may be.
+
+    Not where autocast has made their dtypes differ, and not what an adapted layer returned: selective
+    checkpointing keeps that.
+    """
+    in_place = type(layer) is FusedLinear and output.dtype == residual.dtype
+    return output.add_(residual) if in_place else output + residual
 
 
 def _has_holes(attention_mask) -> bool:

@@ -209,6 +209,17 @@ def test_selective_checkpointing_repeats_the_cheap_and_keeps_the_expensive():
         assert all(torch.equal(a, b) for a, b in zip(gradients[mode], gradients[False], strict=True))
 
 
+@pytest.mark.parametrize("target", ["dense", "dense_h_to_4h", "dense_4h_to_h"])
+def test_selective_checkpointing_of_any_adapted_layer(target):
+    model, ids = with_trained_adapters(tiny_model(), target=target).train(), tokens(2, 32)
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = {}
+    for mode in (False, "selective"):
+        checkpoint_blocks(model, mode)
+        gradients[mode] = torch.autograd.grad(model(ids, labels=ids).loss, adapters)
+    assert all(torch.equal(a, b) for a, b in zip(gradients["selective"], gradients[False], strict=True))
+
+
 @pytest.mark.parametrize("extra", [{}, {"output_attentions": True}], ids=["fused", "eager"])
 def test_packed_documents_equal_documents_one_by_one(model, extra):
     lengths = [5, 1, 9, 4]
