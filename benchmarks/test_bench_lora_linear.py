@@ -16,12 +16,13 @@ from lorakernels.ops.lora_linear import check
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-FLOOR, OURS = "frozen linear", "lorakernels"
+FLOOR, TORCH_FLOOR, OURS = "frozen linear", "frozen linear, torch's", "lorakernels"
 # model: K, N and the rows that a CPU has time for
 SHAPES = {"bloom-560m": (1024, 3072, 1024), "bloom-1b7": (2048, 6144, 512), "bloom-7b1": (4096, 12288, 256)}
 GPU_ROWS = 8192
 CPU_ROUNDS = {"bloom-560m": 19, "bloom-1b7": 9, "bloom-7b1": 5}
-# On a CPU at M = 1024 this project allows itself these ratios, forward and backward; in so many rounds.
+# On a CPU at M = 1024 this project allows itself these ratios to the frozen linear, forward and backward; in
+# so many rounds.
 TARGETS = {"bloom-560m": (1.06, 60), "bloom-1b7": (1.05, 30)}
 
 
@@ -34,7 +35,7 @@ def lorakernels_linear(problem: check.Problem) -> baselines.Layer:
 LAYERS = {
     FLOOR: baselines.frozen,
     OURS: lorakernels_linear,
-    "frozen linear, torch's": baselines.torch_frozen,
+    TORCH_FLOOR: baselines.torch_frozen,
     "plain expression": baselines.plain,
     "addmm in place": baselines.addmm_in_place,
     "PEFT": baselines.peft_linear,
@@ -102,8 +103,8 @@ def run(
     rounds: int,
     names: list[str],
     with_memory: bool = False,
-) -> float:
-    """Check, time and record, each rival's memory from a process of its own; forward and backward's ratio."""
+) -> dict[str, interleave.Timing]:
+    """Check, time and record, each rival's memory from a fresh process; forward and backward, by rival."""
     problem = make_problem(model, rows, r, dtype)
     steps = {name: Step(LAYERS[name](problem), problem) for name in names}
     steps[OURS].forward()
@@ -127,7 +128,7 @@ def run(
         flops={FLOOR: 4 * rows * n * k, OURS: 4 * rows * n * k + 6 * rows * r * (n + k)},
         operations_alone=1 + 1.5 * r * (1 / k + 1 / n),
     )
-    return timings[interleave.WHOLE][OURS].ratio
+    return timings[interleave.WHOLE]
 
 
 @pytest.mark.benchmark(group="lora_linear")
@@ -161,6 +162,9 @@ def test_target(benchmark, threads, model, r):
     """At M = 1024, PEFT in the same rounds, enough of them for the noise of a shared machine."""
     target, rounds = TARGETS[model]
     names = [name for name in rivals_for(torch.float32, compiled=False) if name != "loralib"]
-    ratio = run(benchmark, model, 1024, r, torch.float32, rounds=rounds, names=names)
+    timings = run(benchmark, model, 1024, r, torch.float32, rounds=rounds, names=names)
     benchmark.extra_info["target"] = target
-    print(f"  target {target}: {'met' if ratio <= target else 'missed'} with {ratio:.3f}")
+    # as torch multiplies, and by the faster product that the layer itself uses, which asks for more
+    for floor in (TORCH_FLOOR, FLOOR):
+        ratio = timings[OURS].ratio / timings[floor].ratio
+        print(f"  target {target} over {floor}: {'met' if ratio <= target else 'missed'} with {ratio:.3f}")

@@ -77,6 +77,7 @@ def is_large(rows: int, weight: torch.Tensor) -> bool:
     return rows * weight.shape[0] * weight.shape[1] >= LARGE
 
 
+@functools.cache
 def has_onednn() -> bool:
     """Whether torch was built with the oneDNN operator that `ONEDNN` calls."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

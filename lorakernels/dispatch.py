@@ -84,18 +84,20 @@ def choose(
     """
     if len(candidates) == 1:
         return candidates[0]
-    by_name = {candidate.name: candidate for candidate in candidates}
-    choice = _choices.get(problem)
-    if choice is None or choice.winner not in by_name:
-        if _capturing():
-            return candidates[0]
-        with _lock:
-            choice = _choices.get(problem) or _read_disk().get(problem)
-            if choice is None or choice.winner not in by_name:
-                choice = _measure_in_thread(problem, candidates, make_trial, margin)
-                _write_disk(problem, choice)
-            _choices[problem] = choice
-    return by_name[choice.winner]
+    winner = _winner(_choices.get(problem), candidates)
+    if winner is not None:
+        return winner
+    if _capturing():
+        return candidates[0]
+    with _lock:
+        choice = _choices.get(problem) or _read_disk().get(problem)
+        winner = _winner(choice, candidates)
+        if winner is None:
+            choice = _measure_in_thread(problem, candidates, make_trial, margin)
+            _write_disk(problem, choice)
+            winner = _winner(choice, candidates)
+        _choices[problem] = choice
+    return winner
 
 
 def choices() -> dict[str, dict]:
@@ -150,6 +152,15 @@ def forced_backend() -> str | None:
     """The value of LORAKERNELS_BACKEND, None where it is unset, empty or "auto"."""
     name = os.environ.get("LORAKERNELS_BACKEND", "")
     return None if name in ("", "auto") else name
+
+
+def _winner(choice: Choice | None, candidates: Sequence[Implementation]) -> Implementation | None:
+    """The candidate that was chosen, None where nothing was or it is not among them."""
+    if choice is not None:
+        for candidate in candidates:
+            if candidate.name == choice.winner:
+                return candidate
+    return None
 
 
 def _measure_in_thread(

@@ -179,6 +179,7 @@ def _save(ctx, inputs, output):
     hidden, weight, labels, ctx.ignore_index, _ = inputs
     losses, statistics, unscaled = output
     # not marked non-differentiable, so that a gradient of the gradient meets _refuse_double_backward
+    ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype
     trained = ctx.needs_input_grad[1]
     ctx.save_for_backward(labels, unscaled, *((hidden, weight, losses, statistics) if trained else ()))

@@ -18,7 +18,7 @@ ONEDNN = Implementation("onednn", onednn.forward, onednn.backward)
 
 def candidates(x: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
     """What may compute a problem on x's device under backend="auto", the baseline first."""
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return (ATEN, ATEN_WIDE) if x.dtype.itemsize == 2 else (ATEN, *_onednn(x))
     usable = x.dtype != torch.float64 and _has_triton()
     tiles = triton_implementations(x, dropout_p) if usable else ()
