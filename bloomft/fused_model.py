@@ -1,6 +1,8 @@
 """BLOOM's own classes with fused parts: subclasses that `bloomft.patch` swaps in and out of a live model."""
 
+import contextlib
 import functools
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -11,11 +13,22 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithCrossAttentions,
 )
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.bloom.modeling_bloom import BloomAttention, BloomForCausalLM, BloomMLP, BloomModel
+from transformers.models.bloom.modeling_bloom import (
+    BloomAttention,
+    BloomBlock,
+    BloomForCausalLM,
+    BloomMLP,
+    BloomModel,
+)
 from transformers.utils.deprecation import deprecate_kwarg
 
 from bloomft.data import IGNORE_INDEX
+from bloomft.runtime import release_freed_memory
 from lorakernels import alibi_attention, alibi_slopes, frozen_linear, linear_cross_entropy
+
+# Blocks after which freed memory goes back: what a block frees lies between what it saves, in holes that
+# glibc cannot give to aligned tensors of the same size. After every block, fresh pages would cost more.
+RELEASE_EVERY = 8
 
 
 class _FusedInputs(NamedTuple):
@@ -32,14 +45,34 @@ class FusedBloomAttention(BloomAttention):
         """As `BloomAttention.forward`; fused when ``alibi`` is a `_FusedInputs`."""
         if not isinstance(alibi, _FusedInputs):
             return super().forward(hidden_states, residual, alibi, attention_mask, **kwargs)
-        fused = self.query_key_value(hidden_states)  # [B, T, 3H]
+        return self.attend(self.query_key_value(hidden_states), residual, alibi), None
+
+    def attend(self, fused: Tensor, residual: Tensor, alibi: _FusedInputs) -> Tensor:
+        """What comes after ``fused`` [B, T, 3H] = query_key_value(x): attention, dense and residual."""
         fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
         # unbind, since its backward writes the three gradients into one tensor, in one pass
         query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
         context = alibi_attention(query, key, value, alibi.slopes, document_ids=alibi.document_ids)
         context = context.transpose(1, 2).flatten(2)  # [B, T, H]
         output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
-        return _add_residual(self.dense, output, residual), None
+        return _add_residual(self.dense, output, residual)
+
+
+class FusedBloomBlock(BloomBlock):
+    """BLOOM's block; what query_key_value saves of the layer norm before it is made again in backward."""
+
+    def forward(self, hidden_states, alibi, attention_mask, **kwargs):
+        """As `BloomBlock.forward`; fused when ``alibi`` is a `_FusedInputs`."""
+        if not isinstance(alibi, _FusedInputs):
+            return super().forward(hidden_states, alibi, attention_mask, **kwargs)
+        normed = self.input_layernorm(hidden_states)
+        with _made_again(normed, self.input_layernorm, hidden_states):
+            fused = self.self_attention.query_key_value(normed)
+        residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
+        attended = self.self_attention.attend(fused, residual, alibi)
+        normed = self.post_attention_layernorm(attended)
+        residual = normed if self.apply_residual_connection_post_layernorm else attended
+        return self.mlp(normed, residual), None
 
 
 class FusedBloomMLP(BloomMLP):
@@ -130,7 +163,9 @@ class FusedBloomModel(BloomModel):
 
         every_hidden = [hidden]
         every_attention = []
-        for block in self.h:
+        for index, block in enumerate(self.h):
+            if index % RELEASE_EVERY == RELEASE_EVERY - 1 and _fragments(hidden):
+                release_freed_memory()
             if block._compiled_call_impl is not None:
                 # Lengths vary from the first call on: one compilation for all, not one for the first.
                 torch._dynamo.maybe_mark_dynamic(hidden, 1)
@@ -270,10 +305,34 @@ def shift_labels(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
 FUSED_CLASSES = {
     BloomForCausalLM: FusedBloomForCausalLM,
     BloomModel: FusedBloomModel,
+    BloomBlock: FusedBloomBlock,
     BloomAttention: FusedBloomAttention,
     BloomMLP: FusedBloomMLP,
     nn.Linear: FusedLinear,
 }
+
+
+def _made_again(output: Tensor, layer: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
+    """Where output = layer(x) is saved for a backward pass inside, layer and x are kept in its place.
+
+    A compiler weighs that by itself.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+
+    # weak, since the hooks live as long as what they have packed
+    reference = weakref.ref(output)
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved is reference() else saved
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        if packed is not None:
+            return packed
+        with torch.no_grad():
+            return layer(x)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
@@ -284,6 +343,11 @@ def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
     """
     in_place = type(layer) is FusedLinear and output.dtype == residual.dtype
     return output.add_(residual) if in_place else output + residual
+
+
+def _fragments(hidden: Tensor) -> bool:
+    """Whether this forward pass leaves free memory between what it saves for the backward pass."""
+    return hidden.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _has_holes(attention_mask) -> bool:

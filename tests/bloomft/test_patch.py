@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 
+from bloomft import fused_model
 from bloomft.fused_model import checkpoint_blocks, compile_blocks, shift_labels
 from bloomft.patch import (
     adapted_layers,
@@ -207,6 +209,29 @@ def test_selective_checkpointing_repeats_the_cheap_and_keeps_the_expensive():
     assert repeated == {False: [0, 0, 0], "selective": [0, 0, 2], True: [2, 2, 2]}
     for mode in ("selective", True):
         assert all(torch.equal(a, b) for a, b in zip(gradients[mode], gradients[False], strict=True))
+
+
+def test_results_of_layer_norms_do_not_wait_for_the_backward_pass(model):
+    with_trained_adapters(model).train()
+    results = []
+    for block in model.transformer.h:
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.register_forward_hook(lambda _module, _inputs, out: results.append(weakref.ref(out)))
+    loss = model(tokens(2, 32), labels=tokens(2, 32)).loss
+    assert len(results) == 2 * len(model.transformer.h)
+    assert loss.requires_grad
+    assert all(result() is None for result in results)
+
+
+def test_freed_memory_goes_back_only_where_a_backward_pass_will_follow(monkeypatch):
+    calls = []
+    monkeypatch.setattr(fused_model, "release_freed_memory", lambda: calls.append(1))
+    model = with_trained_adapters(tiny_model(n_layer=fused_model.RELEASE_EVERY)).train()
+    with torch.no_grad():
+        model(tokens(1, 8), labels=tokens(1, 8))
+    assert calls == []
+    model(tokens(1, 8), labels=tokens(1, 8))
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("target", ["dense", "dense_h_to_4h", "dense_4h_to_h"])

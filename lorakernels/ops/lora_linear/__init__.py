@@ -195,7 +195,8 @@ def _(dy, x, weight, bias, lora_a, lora_b, s, seed, scale, dropout_p, backend, n
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.backend = inputs
     _, s, seed = output
-    # nobody sees s and seed, so no zeros need stand for their gradients
+    # nobody sees s and seed: they need no gradients, and no zeros in their place
+    ctx.mark_non_differentiable(s, seed)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, lora_a, lora_b, s, seed)
 
