@@ -315,9 +315,9 @@ FUSED_CLASSES = {
 def _made_again(output: Tensor, layer: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
     """Where output = layer(x) is saved for a backward pass inside, layer and x are kept in its place.
 
-    A compiler weighs that by itself.
+    A compiler weighs that by itself, and autocast would not be there in backward.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return contextlib.nullcontext()
 
     # weak, since the hooks live as long as what they have packed
