@@ -48,12 +48,14 @@ def compare(
     title: str,
     warmup: int = 2,
     device: str = "cpu",
+    before_turn: Callable[[], object] | None = None,
     **extra: object,
 ) -> dict[str, dict[str, Timing]]:
     """Time every rival in turn, each round starting with another one; print, and keep in extra_info.
 
-    A rival is a function, or its phases in order. pytest-benchmark's own figures are those of whole rounds.
-    extra joins extra_info. Returns the timings by phase and rival.
+    A rival is a function, or its phases in order. before_turn is called, untimed, before each rival's.
+    pytest-benchmark's own figures are those of whole rounds. extra joins extra_info. Returns the timings by
+    phase and rival.
     """
     steps = {name: {ONLY: step} if callable(step) else dict(step) for name, step in rivals.items()}
     names = list(steps)
@@ -64,6 +66,8 @@ def compare(
         first = len(taken) % len(names)
         taken.append({})
         for name in names[first:] + names[:first]:
+            if before_turn is not None:
+                before_turn()
             if flushed is not None:
                 flushed.zero_()
             taken[-1][name] = _time(steps[name], device)
