@@ -59,7 +59,7 @@ def compile_launch(work: tuple[str, str, int]) -> list[dict]:
         loaded.append((name, metadata_group, hash))
 
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    triton.runtime.driver.set_active(_Driver(chip))
+    triton.runtime.driver.set_active(_Driver(chip, work))
     knobs.runtime.kernel_load_end_hook.add(collect)
     try:
         launch.run()
@@ -86,8 +86,8 @@ class _Utilities:
 class _Driver(DriverBase):
     """Stands for a GPU of the chip's kind: Triton compiles for it and believes that it launches."""
 
-    def __init__(self, chip: Chip) -> None:
-        self.chip, self.utils = chip, _Utilities()
+    def __init__(self, chip: Chip, work: tuple[str, str, int]) -> None:
+        self.chip, self.work, self.utils = chip, work, _Utilities()
 
     @classmethod
     def is_active(cls) -> bool:
@@ -105,9 +105,9 @@ class _Driver(DriverBase):
     def get_benchmarker(self):
         raise NotImplementedError("nothing can be timed without a GPU")
 
-    def get_current_device(self) -> str:
-        # Triton keeps one cache of compiled kernels a device
-        return self.chip.arch
+    def get_current_device(self) -> tuple[str, str, int]:
+        # Triton loads a kernel once a device: one for each launch, so that each is seen to load its own
+        return self.work
 
     def get_current_stream(self, device) -> int:
         return 0

@@ -59,3 +59,16 @@ def test_a_spill_is_found():
     )
     assert done.returncode == 1
     assert "BROKEN sm_90 bf16+fp32 lora_linear_forward_kernel forward 256x256x32w4s2: spills" in done.stderr
+
+
+def test_a_kernel_that_launches_share_is_listed_for_each(tmp_path):
+    # dA multiplies x with dS, in float32 under either dtype of the adapters
+    path = tmp_path / "records.json"
+    command = [sys.executable, "-m", "lorakernels.aot", "--json", str(path), "--only", "adapter_grad dA"]
+    command += ["--arch", "sm_90", "--dtype", "bf16", "bf16+fp32", "--jobs", "1"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=200)
+    listed = {"bf16": [], "bf16+fp32": []}
+    for one in json.loads(path.read_text()):
+        listed[one["dtype"]].append((one["kernel"], one["role"], one["tile"]))
+    assert listed["bf16"]
+    assert listed["bf16"] == listed["bf16+fp32"]
