@@ -5,6 +5,7 @@ within each round and its median reported. Numerics come first: require_right() 
 On a GPU every turn starts with a flushed L2 cache and is timed by events.
 """
 
+import importlib.metadata
 import itertools
 import os
 import platform
@@ -129,6 +130,7 @@ def environment(device: str = "cpu") -> dict[str, str | int | float]:
         "cores": os.cpu_count() or 0,
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
+        **{rival: importlib.metadata.version(rival) for rival in ("transformers", "peft", "loralib")},
     }
 
 

@@ -1,10 +1,11 @@
 """Memory of a process, as Linux counts it, and of a function in a fresh one."""
 
-import ctypes
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from bloomft.runtime import release_freed_memory
 
 
 def resident() -> int:
@@ -22,14 +23,10 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def trim() -> None:
-    """Give freed blocks back that glibc keeps: they would hide a step that fits in there."""
-    ctypes.CDLL(None).malloc_trim(0)
-
-
 def peak_over(step: Callable[[], object]) -> int:
     """Bytes that step takes at its peak beyond what this process has in use before it."""
-    trim()
+    # a step that fits into blocks that glibc keeps would seem to take nothing
+    release_freed_memory()
     reset_peak()
     before = resident()
     step()

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import process_memory
 from benchmarks.baselines.bloom_step import Shape, make_gemms, make_step
+from bloomft.runtime import release_freed_memory
 
 GEMMS = "gemms alone"
 
@@ -68,7 +69,7 @@ def _serve(pipe: Connection, name: str, shape: Shape, weights: Path, threads: in
             # Mapped weights that this model has not read yet would count as the step's own memory.
             for parameter in model.parameters():
                 parameter.detach().sum()
-        process_memory.trim()
+        release_freed_memory()
         before = process_memory.resident()
         loss = None
         while True:

@@ -164,7 +164,7 @@ def test_target(benchmark, threads, model, r):
     names = [name for name in rivals_for(torch.float32, compiled=False) if name != "loralib"]
     timings = run(benchmark, model, 1024, r, torch.float32, rounds=rounds, names=names)
     benchmark.extra_info["target"] = target
-    # as torch multiplies, and by the faster product that the layer itself uses, which asks for more
-    for floor in (TORCH_FLOOR, FLOOR):
-        ratio = timings[OURS].ratio / timings[floor].ratio
-        print(f"  target {target} over {floor}: {'met' if ratio <= target else 'missed'} with {ratio:.3f}")
+    ratio = timings[OURS].ratio
+    over_torch = ratio / timings[TORCH_FLOOR].ratio
+    print(f"  target {target}: {'met' if ratio <= target else 'missed'} with {ratio:.3f}", end="")
+    print(f"; over {TORCH_FLOOR}: {over_torch:.3f}")

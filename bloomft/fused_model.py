@@ -26,7 +26,7 @@ from bloomft.data import IGNORE_INDEX
 from bloomft.runtime import release_freed_memory
 from lorakernels import alibi_attention, alibi_slopes, frozen_linear, linear_cross_entropy
 
-# Blocks after which freed memory goes back: what a block frees lies between what it saves, in holes that
+# Freed memory goes back once in so many blocks: what a block frees lies between what it saves, in holes that
 # glibc cannot give to aligned tensors of the same size. After every block, fresh pages would cost more.
 RELEASE_EVERY = 8
 

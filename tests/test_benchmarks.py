@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -46,6 +47,7 @@ def test_a_case_stores_every_rival_and_phase(small_layer, capsys):
     assert both["lorakernels"]["ratio"] == pytest.approx(timings["lorakernels"].ratio, abs=1e-4)
     assert both["frozen linear"]["ratio"] == 1
     assert stored["environment"]["threads"] == torch.get_num_threads()
+    assert stored["environment"]["peft"] == peft.__version__
     assert "lorakernels" in capsys.readouterr().out
 
 

@@ -178,7 +178,8 @@ def _(row_gradient, hidden, weight, labels, losses, statistics, ignore_index):
 def _save(ctx, inputs, output):
     hidden, weight, labels, ctx.ignore_index, _ = inputs
     losses, statistics, unscaled = output
-    # not marked non-differentiable, so that a gradient of the gradient meets _refuse_double_backward
+    # nobody sees statistics and unscaled, so no zeros stand for their gradients; not marked
+    # non-differentiable, so that a gradient of the gradient meets _refuse_double_backward
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype
     trained = ctx.needs_input_grad[1]
