@@ -28,6 +28,7 @@ __all__ = [
     "in_float32",
     "is_large",
     "precision_problem",
+    "product_dtype",
     "weight_blocks",
     "widens",
 ]
@@ -70,6 +71,11 @@ def fastest(dtype: torch.dtype) -> Gemm:
 def widens(dtype: torch.dtype) -> bool:
     """Whether products with CPU weights of this dtype are made in a wider one."""
     return dtype in (torch.float16, torch.bfloat16) and fastest(dtype) is not NARROW
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which CPU tensors of this one are multiplied here."""
+    return torch.float32 if widens(dtype) else dtype
 
 
 def is_large(rows: int, weight: torch.Tensor) -> bool:

@@ -1,11 +1,12 @@
 """Which implementation computes an operator: measured on the user's own device, checked first, remembered.
 
 The first time a problem appears (device, dtypes, shape bucket, rank), every candidate is checked against the
-operator's definition on that very problem and timed, in rounds that time each candidate once. The first
-candidate is the baseline: another one takes its place only when it is at least 3% faster. One that is wrong
-or fails is dropped with a warning. The winner is kept in memory, on disk under the versions it was measured
-with, and in whatever the caller makes of choices(); a run that hands it back to use_choices() computes the
-same bits again.
+operator's definition on that very problem and timed, in rounds that time each candidate once; its best time
+counts, which other work on the machine lengthens least. The first candidate is the baseline: another one
+takes its place only when it is at least 3% faster. One that is wrong or fails is dropped with a warning. The
+winner is kept in memory, on disk under the versions it was measured with, and in whatever the caller makes of
+choices(); a run that hands it back to use_choices() computes the same bits again. What was measured while the
+machine was busy stays off the disk, or every later process would inherit it.
 
 LORAKERNELS_BACKEND forces an implementation wherever backend="auto" is asked for, by its whole name or the
 part before the colon. LORAKERNELS_CACHE_DIR moves the file on disk. Nothing is measured while a CUDA graph is
@@ -33,6 +34,9 @@ import torch
 # A candidate replaces the baseline at this share of its time or less; an operator may ask for more.
 MARGIN = 0.97
 ROUNDS = 7
+# The machine is busy where half of a candidate's times exceed its best by this factor and by so many seconds:
+# it gets more rounds, to find a quiet moment.
+BUSY, BUSY_SECONDS, MOST_ROUNDS = 1.2, 2e-4, 21
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,9 @@ def choose(
         choice = _choices.get(problem) or _read_disk().get(problem)
         winner = _winner(choice, candidates)
         if winner is None:
-            choice = _measure_in_thread(problem, candidates, make_trial, margin)
-            _write_disk(problem, choice)
+            choice, quiet = _measure_in_thread(problem, candidates, make_trial, margin)
+            if quiet:
+                _write_disk(problem, choice)
             winner = _winner(choice, candidates)
         _choices[problem] = choice
     return winner
@@ -165,7 +170,7 @@ def _winner(choice: Choice | None, candidates: Sequence[Implementation]) -> Impl
 
 def _measure_in_thread(
     problem: str, candidates: Sequence[Implementation], make_trial: Callable[[], Trial], margin: float
-) -> Choice:
+) -> tuple[Choice, bool]:
     # operators run with autograd switched off for the thread; the check needs it, and a fresh thread has it
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(_measure, problem, candidates, make_trial, margin).result()
@@ -173,7 +178,8 @@ def _measure_in_thread(
 
 def _measure(
     problem: str, candidates: Sequence[Implementation], make_trial: Callable[[], Trial], margin: float
-) -> Choice:
+) -> tuple[Choice, bool]:
+    """The choice, and whether the machine was quiet enough for it to be remembered."""
     trial = make_trial()
     on_device = torch.cuda.device(trial.device) if trial.device.type == "cuda" else contextlib.nullcontext()
     with on_device:
@@ -193,17 +199,24 @@ def _measure(
             else:
                 right.append(candidate)
         if not right:
-            return Choice(candidates[0].name, {}, rejected)
+            return Choice(candidates[0].name, {}, rejected), True
         samples: dict[str, list[float]] = {candidate.name: [] for candidate in right}
-        for _ in range(ROUNDS):
+        for done in range(MOST_ROUNDS):
+            if done >= ROUNDS and not any(map(_busy, samples.values())):
+                break
             for candidate in right:
                 samples[candidate.name].append(_time(trial, candidate))
-    milliseconds = {name: 1e3 * median(times) for name, times in samples.items()}
+    milliseconds = {name: 1e3 * min(times) for name, times in samples.items()}
     baseline = right[0].name
     winner = min(milliseconds, key=milliseconds.__getitem__)
     if milliseconds[winner] > margin * milliseconds[baseline]:
         winner = baseline
-    return Choice(winner, milliseconds, rejected)
+    return Choice(winner, milliseconds, rejected), not any(map(_busy, samples.values()))
+
+
+def _busy(times: list[float]) -> bool:
+    best = min(times)
+    return median(times) > max(BUSY * best, best + BUSY_SECONDS)
 
 
 def _time(trial: Trial, candidate: Implementation) -> float:
