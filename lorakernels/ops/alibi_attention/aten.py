@@ -60,7 +60,7 @@ def forward(
     for part in _documents(query, document_ids):
         queries, keys = _with_column(query[part]).mul_(query.shape[-1] ** -0.5), _with_column(key[part])
         queries[..., -1] = 1
-        values = value[part].to(narrow).contiguous()  # [heads, n, D]
+        values = _contiguous(value[part], narrow)  # [heads, n, D]
         result = out[part] if out.dtype == narrow else torch.empty_like(values)
         scores, rounded = _scratch(queries, wide), _scratch(queries, narrow)
         for heads, first, start, stop in _blocks(queries, keys, bias):
@@ -91,11 +91,11 @@ def backward(
     for part in _documents(query, document_ids):
         queries, keys = _with_column(query[part]).mul_(scale), _with_column(key[part])  # [heads, n, D + 1]
         queries[..., -1] = 1
-        values, incoming = (tensor[part].to(wide).contiguous() for tensor in (value, out_gradient))
+        values, incoming = _contiguous(value[part], wide), _contiguous(out_gradient[part], wide)
         if narrow == wide:
             left, right, left_scale = queries[..., :-1], keys[..., :-1], 1.0
         else:
-            left, right, left_scale = query[part].contiguous(), key[part].contiguous(), scale
+            left, right, left_scale = _contiguous(query[part], narrow), _contiguous(key[part], narrow), scale
         narrow_incoming = incoming.to(narrow)
         dq, dk, dv = (gradient[part] for gradient in gradients)
         if dq.dtype != narrow:
@@ -181,6 +181,11 @@ def _heads_at_once(tokens: int, dtype: torch.dtype) -> int:
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _contiguous(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tensor [h, n, D] in dtype, its rows side by side, in one pass."""
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 
 
 def _with_column(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ digits when the model is confident.
 
 import torch
 
-from lorakernels.cpu_gemm import Gemm, fastest, weight_blocks, widens
+from lorakernels.cpu_gemm import Gemm, fastest, product_dtype, weight_blocks
 
 BUFFER_BYTES = 16 * 2**20
 COLUMNS = 4096
@@ -103,9 +103,7 @@ def weight_gradient(
 
 
 def _product_dtype(weight: torch.Tensor) -> torch.dtype:
-    """16 bits only where a CPU multiplies them clearly faster; else each block is cast as it is read."""
-    narrow = weight.is_cpu and weight.dtype.itemsize == 2 and not widens(weight.dtype)
-    return weight.dtype if narrow else statistics_dtype(weight.dtype)
+    return product_dtype(weight.dtype) if weight.is_cpu else statistics_dtype(weight.dtype)
 
 
 def _accumulate(gemm: Gemm, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
