@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from lorakernels import dispatch
+
 # Rivals with several phases (forward, backward) are also timed as a whole, under this name.
 WHOLE = "both"
 ONLY = "step"
@@ -102,8 +104,9 @@ def record(
         phase: {name: _rounded(asdict(one)) for name, one in timings.items()}
         for phase, timings in phases.items()
     }
+    chosen = {problem: choice["winner"] for problem, choice in dispatch.choices().items()}
     benchmark.extra_info.update(
-        environment=environment(device), title=title, floor=floor, phases=stored, **extra
+        environment=environment(device), title=title, floor=floor, phases=stored, choices=chosen, **extra
     )
     return phases
 

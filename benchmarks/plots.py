@@ -106,12 +106,11 @@ def _step(cases: dict[str, dict], path: Path) -> bool:
         len(steps), 2, figsize=(WIDTH_INCHES, 0.6 + 1.9 * len(steps)), layout="constrained", squeeze=False
     )
     for (left, right), case in zip(grid, steps, strict=True):
-        timings = dict(whole(case))
-        floor = timings.pop("gemms alone", None)
+        timings, limit = _split(whole(case))
         _bars(left, {name: one["median_ms"] / 1e3 for name, one in timings.items()}, "seconds")
         left.set_title(case["title"], loc="left", fontsize=10)
-        if floor is not None:
-            left.axvline(floor["median_ms"] / 1e3, color=FLOOR_COLOR, lw=1.5, label="its products alone")
+        if limit:
+            left.axvline(limit / 1e3, color=FLOOR_COLOR, lw=1.5, label="its products alone")
             left.legend(fontsize=8, frameon=False, loc="lower right")
         memory = {name: case["memory"][name] / 2**30 for name in timings}
         _bars(right, memory, "GiB at the peak, over the weights")
@@ -119,17 +118,20 @@ def _step(cases: dict[str, dict], path: Path) -> bool:
     return _save(figure, path)
 
 
+def _split(timings: dict[str, dict]) -> tuple[dict[str, dict], float]:
+    """The rivals, and the milliseconds of all matrix products alone, attention's too; 0 if not timed."""
+    rivals = {name: one for name, one in timings.items() if not name.endswith("products alone")}
+    return rivals, sum(one["median_ms"] for name, one in timings.items() if name not in rivals)
+
+
 def _share_of_limit(cases: dict[str, dict], path: Path) -> bool:
     """The rate of each whole against that of its matrix products alone, measured in the same rounds."""
     shares = {}
     for case in cases.values():
-        if case["floor"] not in ("its products alone", "gemms alone"):
-            continue
-        timings = whole(case)
-        for name, one in timings.items():
-            if name != case["floor"]:
-                share = timings[case["floor"]]["median_ms"] / one["median_ms"]
-                shares[f"{case['title']}: {name}"] = 100 * share
+        timings, limit = _split(whole(case))
+        if limit:
+            for name, one in timings.items():
+                shares[f"{case['title']}: {name}"] = 100 * limit / one["median_ms"]
     if not shares:
         return False
     figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 0.9 + 0.3 * len(shares)), layout="constrained")

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from benchmarks import process_memory
-from benchmarks.baselines.bloom_step import Shape, make_gemms, make_step
+from benchmarks.baselines.bloom_step import Shape, make_attention_products, make_gemms, make_step
 from bloomft.runtime import release_freed_memory
 
-GEMMS = "gemms alone"
+GEMMS = "frozen products alone"
+ATTENTION = "attention's products alone"
+FLOORS = {GEMMS: make_gemms, ATTENTION: make_attention_products}
 
 
 class RivalProcess:
@@ -62,8 +64,8 @@ class RivalProcess:
 def _serve(pipe: Connection, name: str, shape: Shape, weights: Path, threads: int) -> None:
     try:
         torch.set_num_threads(threads)
-        if name == GEMMS:
-            step, trained = make_gemms(shape), []
+        if name in FLOORS:
+            step, trained = FLOORS[name](shape), []
         else:
             step, trained, model = make_step(name, shape, weights)
             # Mapped weights that this model has not read yet would count as the step's own memory.

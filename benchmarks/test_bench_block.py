@@ -3,7 +3,7 @@
     python -m pytest benchmarks/test_bench_block.py --benchmark-only -s [--full]
 
 A model of one block between its two layer norms, fed with embeddings that want a gradient. The floor is the
-block's frozen products alone. --full adds both sides under torch.compile.
+block's products with frozen weights alone, attention's own beside them. --full adds both under torch.compile.
 """
 
 from pathlib import Path
@@ -14,12 +14,13 @@ from torch import nn
 
 from benchmarks import interleave, process_memory
 from benchmarks.baselines import bloom_step
+from benchmarks.step_processes import ATTENTION, GEMMS
 from bloomft.fused_model import compile_blocks
 from bloomft.runtime import setup_process
 from lorakernels.tolerance import relative_error
 
 SHAPE = bloom_step.Shape(layers=1, vocab_size=512)
-FLOOR, OURS, PEFT = "its products alone", "bloomft", "PEFT"
+FLOOR, OURS, PEFT = GEMMS, "bloomft", "PEFT"
 # A model in float32 stays this close to float64; operators have a bound of their own, in their benchmarks.
 TOLERANCE = 1e-5
 RESULTS = ("out", "dembeddings", "dA", "dB")
@@ -91,6 +92,7 @@ def test_block(benchmark, full):
         benchmark,
         {
             FLOOR: bloom_step.make_gemms(SHAPE, head=False),
+            ATTENTION: bloom_step.make_attention_products(SHAPE),
             **{name: step.results for name, step in steps.items()},
         },
         floor=FLOOR,
@@ -99,5 +101,8 @@ def test_block(benchmark, full):
         case={"T": SHAPE.tokens, "hidden": SHAPE.hidden_size},
         errors=errors,
         memory=memory,
-        flops={FLOOR: bloom_step.total_flops(SHAPE, head=False)},
+        flops={
+            FLOOR: bloom_step.total_flops(bloom_step.gemms(SHAPE, head=False)),
+            ATTENTION: bloom_step.total_flops(bloom_step.attention_products(SHAPE)),
+        },
     )

@@ -21,14 +21,16 @@ from benchmarks import process_memory
 from benchmarks.baselines.bloom_step import (
     RIVALS,
     Shape,
+    attention_products,
     exact_results,
+    gemms,
     scratch_folder,
     smaller,
     total_flops,
     write_weights,
 )
 from benchmarks.interleave import ONLY, Timing, record, require_right
-from benchmarks.step_processes import GEMMS, RivalProcess
+from benchmarks.step_processes import ATTENTION, FLOORS, GEMMS, RivalProcess
 
 THREADS = 2
 INSTALLED, SETTINGS, OURS = "peft as installed", "peft, our settings", "bloomft"
@@ -43,7 +45,7 @@ class Case:
     """A shape and who takes part."""
 
     shape: Shape
-    rivals: tuple[str, ...] = (INSTALLED, SETTINGS, OURS, GEMMS)
+    rivals: tuple[str, ...] = (INSTALLED, SETTINGS, OURS, *FLOORS)
 
 
 CASES = {
@@ -83,7 +85,7 @@ def test_step(case, full, benchmark):
         case={"layers": shape.layers, "tokens": shape.tokens, "masked": shape.masked, "dtype": shape.dtype},
         memory=memory,
         errors=errors,
-        flops={GEMMS: total_flops(shape)} if GEMMS in rivals else {},
+        flops=_flops(shape) if GEMMS in rivals else {},
     )[ONLY]
     print(_ratios(timings, memory, shape))
 
@@ -100,7 +102,7 @@ def _take_turns(
             taken, peak = rivals[name].step()
             milliseconds[name].append(1e3 * taken)
             memory[name] = max(memory[name], peak)
-            if turn == 0 and name != GEMMS:
+            if turn == 0 and name not in FLOORS:
                 results[name] = rivals[name].results()
             if not keep:
                 rivals[name].close()
@@ -140,16 +142,23 @@ def _require_right(results: dict[str, tuple], exact: tuple, narrow: bool) -> dic
 
 def _ratios(timings: dict[str, Timing], memory: dict[str, int], shape: Shape) -> str:
     """Memory of each rival, how ours compares with PEFT, and the share of the products' rate."""
-    lines = [f"  {name:20} {peak / 2**30:5.2f} GiB over the weights" for name, peak in memory.items()]
+    held = {name: peak / 2**30 for name, peak in memory.items() if name not in FLOORS}
+    lines = [f"  {name:20} {peak:5.2f} GiB over the weights" for name, peak in held.items()]
     ours = timings[OURS].median_ms
     for rival in (INSTALLED, SETTINGS):
         if rival in timings:
             faster, leaner = timings[rival].median_ms / ours, memory[rival] / memory[OURS]
             lines.append(f"  bloomft: {faster:.2f} x as fast as {rival}, 1/{leaner:.1f} of its memory")
     if GEMMS in timings:
-        products, flops = timings[GEMMS].median_ms, total_flops(shape)
-        lines.append(
-            f"  the products alone: {flops / 1e9:.0f} GFLOP at {flops / products / 1e6:.0f} GFLOP/s; "
-            f"bloomft's step runs at {products / ours:.0%} of that rate"
-        )
+        flops, needed, taken = _flops(shape), 0.0, 0.0
+        for floor in FLOORS:
+            needed, taken = needed + flops[floor], taken + timings[floor].median_ms
+            lines.append(
+                f"  {'' if floor == GEMMS else 'with '}{floor}: {needed / 1e9:.0f} GFLOP at "
+                f"{needed / taken / 1e6:.0f} GFLOP/s; bloomft's step runs at {taken / ours:.0%} of that rate"
+            )
     return "\n".join(lines)
+
+
+def _flops(shape: Shape) -> dict[str, float]:
+    return {GEMMS: total_flops(gemms(shape)), ATTENTION: total_flops(attention_products(shape))}

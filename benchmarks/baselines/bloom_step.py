@@ -216,10 +216,10 @@ def exact_results(shape: Shape, weights: Path, threads: int) -> tuple[float, lis
 
 
 def gemms(shape: Shape, head: bool = True) -> list[tuple[str, int, int, int, int]]:
-    """(name, M, K, N, times) of every product that the step, with or without its head, cannot do without.
+    """(name, M, K, N, times) of every product with frozen weights in the step, with or without its head.
 
     A frozen layer has two, y = x·Wᵀ and dx = dy·W; in a whole model the first query_key_value has no dx.
-    Attention's own products and the adapters' are left out: they are small, and a floor may be low, not high.
+    Attention's own are `attention_products`; the adapters' are left out: a floor may be low, not high.
     """
     M, H, L = shape.tokens, shape.hidden_size, shape.layers
     rows = shape.tokens - max(1, shape.masked)
@@ -233,6 +233,33 @@ def gemms(shape: Shape, head: bool = True) -> list[tuple[str, int, int, int, int
         listed.append(("head forward", rows, H, shape.vocab_size, 1))
         listed.append(("head backward", rows, shape.vocab_size, H, 1))
     return listed
+
+
+def attention_products(shape: Shape) -> list[tuple[str, int, int, int, int]]:
+    """(name, M, K, N, times) of attention's products, as many FLOPs as half the keys, which causality leaves.
+
+    Six a layer and head: scores and values forward, dP, dV, dK and dQ backward; the scores that a lean
+    backward pass makes again are left out.
+    """
+    T, D, times = shape.tokens, shape.hidden_size // shape.heads, shape.layers * shape.heads
+    wide = [(name, T, D, T // 2, times) for name in ("scores", "dP")]
+    return wide + [(name, T, T // 2, D, times) for name in ("values", "dV", "dK", "dQ")]
+
+
+def make_attention_products(shape: Shape) -> Callable[[], None]:
+    """A function that computes `attention_products` and nothing else, a layer's heads at once, in float32."""
+    setup_process()
+    products = []
+    for _, M, K, N, times in attention_products(shape):
+        left, right = torch.ones(shape.heads, M, K), torch.full((shape.heads, K, N), 0.01)
+        products.append((left, right, times // shape.heads))
+
+    def run() -> None:
+        for left, right, times in products:
+            for _ in range(times):
+                torch.bmm(left, right)
+
+    return run
 
 
 def make_gemms(shape: Shape, head: bool = True) -> Callable[[], None]:
@@ -259,9 +286,9 @@ def make_gemms(shape: Shape, head: bool = True) -> Callable[[], None]:
     return run
 
 
-def total_flops(shape: Shape, head: bool = True) -> float:
-    """FLOPs of `gemms`."""
-    return float(sum(2 * M * K * N * times for _, M, K, N, times in gemms(shape, head)))
+def total_flops(products: list[tuple[str, int, int, int, int]]) -> float:
+    """FLOPs of `gemms` or `attention_products`."""
+    return float(sum(2 * M * K * N * times for _, M, K, N, times in products))
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory:
