@@ -71,7 +71,10 @@ def read_cases(paths: Sequence[Path]) -> dict[str, dict]:
 
 
 def regressions(old: dict[str, dict], new: dict[str, dict]) -> Iterator[str]:
-    """One line for each ratio of ours whose lower quartile is above the old one's upper quartile."""
+    """One line for each ratio of ours whose lower quartile is above the old one's upper quartile.
+
+    It names the measured choices that differ between the two runs: often the cause.
+    """
     for name in old.keys() & new.keys():
         for phase, timings in new[name]["phases"].items():
             for rival, timing in timings.items():
@@ -82,8 +85,14 @@ def regressions(old: dict[str, dict], new: dict[str, dict]) -> Iterator[str]:
                     yield (
                         f"{name}, {phase}, {rival}: {timing['ratio']:.3f} of {new[name]['floor']}, "
                         f"was {before['ratio']:.3f} [{before['ratio_quartiles'][0]:.3f} "
-                        f"{before['ratio_quartiles'][1]:.3f}]"
+                        f"{before['ratio_quartiles'][1]:.3f}]{_other_choices(old[name], new[name])}"
                     )
+
+
+def _other_choices(old: dict, new: dict) -> str:
+    before, now = old.get("choices", {}), new.get("choices", {})
+    changed = sorted(problem for problem in before.keys() & now.keys() if before[problem] != now[problem])
+    return "".join(f"; {problem}: {now[problem]}, was {before[problem]}" for problem in changed)
 
 
 def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:

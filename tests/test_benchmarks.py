@@ -85,6 +85,10 @@ def test_compare_flags_what_left_the_noise():
     assert list(report.regressions(old, stored_case(0.9, 0.01))) == []
     (line,) = report.regressions(old, stored_case(1.09, 0.01))
     assert line.startswith("case, both, lorakernels: 1.090 of frozen linear, was 1.060")
+    slower = stored_case(1.09, 0.01)
+    old["case"]["choices"], slower["case"]["choices"] = {"p": "oneDNN", "q": "a"}, {"p": "BLAS", "q": "a"}
+    (line,) = report.regressions(old, slower)
+    assert line.endswith("1.070]; p: BLAS, was oneDNN")
     assert list(report.regressions(stored_case(1, 0, "PEFT"), stored_case(2, 0, "PEFT"))) == []
 
 

@@ -100,7 +100,7 @@ def backward(
         dq, dk, dv = (gradient[part] for gradient in gradients)
         if dq.dtype != narrow:
             dq = torch.empty_like(values)
-        # sums over blocks of queries are rounded once
+        # sums over blocks of queries stay wide
         if dk.dtype != wide:
             dk, dv = torch.empty_like(values), torch.empty_like(values)
         dk.zero_(), dv.zero_()
