@@ -75,7 +75,7 @@ class BatchCounts:
         return BatchCounts(self.tokens + other.tokens, self.labels + other.labels, self.pairs + other.pairs)
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds: int = 5) -> float:
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds: int = 25) -> float:
     """FLOP/s of a square matrix product on ``device``, fastest of ``rounds``: the limit that MFU refers to.
 
     On a CPU by the library and in the precision that `lorakernels` has found to be faster.
