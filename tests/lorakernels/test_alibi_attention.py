@@ -71,7 +71,7 @@ def failures(results, tensors, slopes, ids, incoming):
 
 
 def multiply_16_bits(monkeypatch, narrow):
-    """Products of 16-bit tensors in 16 bits or in float32, whichever is faster on this machine."""
+    """Multiply 16-bit tensors in 16 bits or in float32, whichever is the faster on this machine."""
     wide = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
     monkeypatch.setattr(aten, "product_dtype", lambda dtype: dtype if narrow else wide.get(dtype, dtype))
 

@@ -62,7 +62,8 @@ def forward(
         queries[..., -1] = 1
         values = _contiguous(value[part], narrow)  # [heads, n, D]
         result = out[part] if out.dtype == narrow else torch.empty_like(values)
-        scores, rounded = _scratch(queries, wide), _scratch(queries, narrow)
+        scores = _scratch(queries, wide)
+        rounded = scores if narrow == wide else _scratch(queries, narrow)
         for heads, first, start, stop in _blocks(queries, keys, bias):
             weights = _softmax(queries[heads], keys[heads], bias[heads], first, start, stop, scores)
             torch.bmm(_rounded(weights, rounded), values[heads, first:stop], out=result[heads, start:stop])
@@ -93,9 +94,9 @@ def backward(
         queries[..., -1] = 1
         values, incoming = _contiguous(value[part], wide), _contiguous(out_gradient[part], wide)
         if narrow == wide:
-            left, right, left_scale = queries[..., :-1], keys[..., :-1], 1.0
+            left, right = queries[..., :-1], keys[..., :-1]
         else:
-            left, right, left_scale = _contiguous(query[part], narrow), _contiguous(key[part], narrow), scale
+            left, right = _contiguous(query[part], narrow), _contiguous(key[part], narrow)
         narrow_incoming = incoming.to(narrow)
         dq, dk, dv = (gradient[part] for gradient in gradients)
         if dq.dtype != narrow:
@@ -104,7 +105,8 @@ def backward(
         if dk.dtype != wide:
             dk, dv = torch.empty_like(values), torch.empty_like(values)
         dk.zero_(), dv.zero_()
-        scores, score_gradients, rounded = (_scratch(queries, dtype) for dtype in (wide, wide, narrow))
+        scores, score_gradients = _scratch(queries, wide), _scratch(queries, wide)
+        rounded = scores if narrow == wide else _scratch(queries, narrow)
         for heads, first, start, stop in _blocks(queries, keys, bias):
             weights = _softmax(queries[heads], keys[heads], bias[heads], first, start, stop, scores)
             ds = score_gradients[: weights.numel()].view(weights.shape)
@@ -115,8 +117,8 @@ def backward(
             ds = _rounded(ds, rounded)
             _add_product(dk[heads, first:stop], ds.mT, left[heads, start:stop])
             dq[heads, start:stop].baddbmm_(ds, right[heads, first:stop], beta=0, alpha=scale)
-        if left_scale != 1.0:
-            dk.mul_(left_scale)
+        if narrow != wide:  # left has no scale yet
+            dk.mul_(scale)
         for gradient, result in zip(gradients, (dq, dk, dv), strict=True):
             if result.dtype != gradient.dtype:
                 gradient[part] = result
