@@ -1,16 +1,18 @@
 """Kernels for LoRA fine-tuning: fused operations for torch that know nothing of any model."""
 
 from lorakernels.modules import LoRALinear, RowParts
-from lorakernels.ops.alibi_attention import alibi_attention, alibi_slopes
+from lorakernels.ops.alibi_attention import AttentionMask, alibi_attention, alibi_slopes, attention_mask
 from lorakernels.ops.frozen_linear import frozen_linear
 from lorakernels.ops.linear_cross_entropy import linear_cross_entropy
 from lorakernels.ops.lora_linear import lora_linear
 
 __all__ = [
+    "AttentionMask",
     "LoRALinear",
     "RowParts",
     "alibi_attention",
     "alibi_slopes",
+    "attention_mask",
     "frozen_linear",
     "linear_cross_entropy",
     "lora_linear",

@@ -1,19 +1,17 @@
 """Causal attention with linear biases (ALiBi) and document boundaries, in memory linear in the length.
 
 A query i attends to the keys j <= i of its own document with the scores ``q_i · k_j / sqrt(D) + slope ·
-p_j``, where p_j is the key's position in its document. Press et al. (2021, arXiv:2108.12409) write the bias
-as ``-slope · (i - j)``; the softmax does not see the difference, which is constant in a row. BLOOM makes
-``slope · p_j`` in float32 and rounds it to the model's dtype before it is added: so does this operator, and
-adds and normalises in at least float32.
+(j - i)`` (Press et al. 2021, arXiv:2108.12409). The bias is made and added in float32, never rounded to the
+model's dtype; a softmax does not see that it is counted from the query and not from the document's start.
 """
 
 import torch
 
-from lorakernels.ops.alibi_attention import aten
-from lorakernels.ops.alibi_attention.reference import alibi_attention_reference
+from lorakernels.ops.alibi_attention import aten, plain
+from lorakernels.ops.alibi_attention.mask import AttentionMask, attention_mask
 from lorakernels.ops.alibi_attention.slopes import alibi_slopes
 
-__all__ = ["alibi_attention", "alibi_slopes"]
+__all__ = ["AttentionMask", "alibi_attention", "alibi_slopes", "attention_mask"]
 
 
 def alibi_attention(
@@ -23,30 +21,40 @@ def alibi_attention(
     slopes: torch.Tensor,
     *,
     document_ids: torch.Tensor | None = None,
+    mask: AttentionMask | None = None,
 ) -> torch.Tensor:
-    """Causal self-attention with ALiBi; scale 1/sqrt(D), no dropout.
+    """Causal self-attention with exact ALiBi; scale 1/sqrt(D), no dropout.
 
-    query, key, value [B, heads, T, D] share a shape, a device and a dtype (float16, bfloat16, float32,
-    float64) and may be views with any strides; slopes [heads], floating, is a constant (see
-    `alibi_slopes`). document_ids [B, T], integers: a change of id starts a new document, in which positions
-    count from 0 and from which no token outside is seen, so that a packed document gets what it gets alone.
-    Returns [B, heads, T, D], stored so that ``.transpose(1, 2).flatten(2)`` is a view. Differentiable once
-    in query, key and value.
+    query [B, heads, Tq, D], key and value [B, heads, T, D] share a device and a dtype (float16, bfloat16,
+    float32, float64) and may be views with any strides; Tq <= T, and the queries are the last Tq positions.
+    slopes [heads], floating, is a constant, used in float32 (see `alibi_slopes`). document_ids [B, T],
+    integers: a change of id starts a new document, from which no token outside is seen, so that a packed
+    document gets what it gets alone. mask, in place of document_ids, is what `attention_mask` made of them
+    for all layers. Returns [B, heads, Tq, D], stored so that ``.transpose(1, 2).flatten(2)`` is a view.
+    Differentiable in query, key and value, once where Tq = T.
 
-    On the CPU an operator of its own that saves nothing but its inputs; on CUDA FlexAttention with a block
-    mask. float64 on CUDA, and devices other than these, take the plain expression, of O(T²) memory.
+    Tq = T takes an operator of its own on the CPU, which saves nothing but its inputs, and on CUDA
+    FlexAttention, for all but float64. Everything else takes the definition, some queries at a time: memory
+    is linear in T without gradients, and of O(Tq · T) with them.
 
-    Raises ValueError for shapes and devices that do not fit or slopes that require a gradient, TypeError
-    for dtypes.
+    Raises ValueError for shapes and devices that do not fit, slopes that require a gradient, or document_ids
+    beside a mask; TypeError for dtypes.
     """
-    _check(query, key, value, slopes, document_ids)
-    if query.device.type == "cpu":
-        return _forward(query, key, value, slopes, document_ids)
-    if query.device.type == "cuda" and query.dtype != torch.float64:
+    _check(query, key, value, slopes, mask)
+    batch, _, length, _ = key.shape
+    if document_ids is not None:
+        if mask is not None:
+            raise ValueError("document_ids: expected None beside a mask, which holds them already")
+        mask = attention_mask(document_ids, batch, length, key.device)
+    starts = None if mask is None else mask.starts
+    if query.shape[2] == length and query.device.type == "cpu":
+        return _forward(query, key, value, slopes, starts)
+    if query.shape[2] == length and query.device.type == "cuda" and query.dtype != torch.float64:
         from lorakernels.ops.alibi_attention import flex
 
-        return flex.attention(query, key, value, slopes, document_ids)
-    return alibi_attention_reference(query, key, value, slopes, document_ids)
+        mask = attention_mask(None, batch, length, key.device) if mask is None else mask
+        return flex.attention(query, key, value, slopes, mask)
+    return plain.attention(query, key, value, slopes, starts)
 
 
 def _check(
@@ -54,14 +62,17 @@ def _check(
     key: torch.Tensor,
     value: torch.Tensor,
     slopes: torch.Tensor,
-    document_ids: torch.Tensor | None,
+    mask: AttentionMask | None,
 ) -> None:
     if query.ndim != 4 or query.shape[3] < 1:
-        raise ValueError(f"query: expected shape [B, heads, T, D] with D >= 1, got {list(query.shape)}")
-    batch, heads, length, _ = query.shape
+        raise ValueError(f"query: expected shape [B, heads, Tq, D] with D >= 1, got {list(query.shape)}")
+    batch, heads, queries, width = query.shape
+    if key.ndim != 4 or key.shape[2] < queries or key.shape != (batch, heads, key.shape[2], width):
+        expected = f"[{batch}, {heads}, T >= {queries}, {width}]"
+        raise ValueError(f"key: expected shape {expected} for query's, got {list(key.shape)}")
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected key's shape {list(key.shape)}, got {list(value.shape)}")
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != query.shape:
-            raise ValueError(f"{name}: expected query's shape {list(query.shape)}, got {list(tensor.shape)}")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name}: expected query's dtype {query.dtype}, got {tensor.dtype}")
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -73,14 +84,13 @@ def _check(
     if slopes.requires_grad:
         raise ValueError("slopes: expected a constant, got a tensor with requires_grad=True")
     tensors = {"key": key, "value": value, "slopes": slopes}
-    if document_ids is not None:
-        tensors["document_ids"] = document_ids
-        if list(document_ids.shape) != [batch, length]:
+    if mask is not None:
+        tensors["mask"] = mask.starts
+        rows, length = mask.starts.shape
+        if length != key.shape[2] or rows not in (1, batch):
             raise ValueError(
-                f"document_ids: expected shape {[batch, length]}, got {list(document_ids.shape)}"
+                f"mask: expected one of {batch} rows of {key.shape[2]} tokens, got {rows} rows of {length}"
             )
-        if document_ids.is_floating_point() or document_ids.is_complex():
-            raise TypeError(f"document_ids: expected integers, got {document_ids.dtype}")
     for name, tensor in tensors.items():
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected query's device {query.device}, got {tensor.device}")
@@ -92,13 +102,13 @@ def _forward(
     key: torch.Tensor,
     value: torch.Tensor,
     slopes: torch.Tensor,
-    document_ids: torch.Tensor | None,
+    starts: torch.Tensor | None,
 ) -> torch.Tensor:
-    return aten.forward(query, key, value, slopes, document_ids)
+    return aten.forward(query, key, value, slopes, starts)
 
 
 @_forward.register_fake
-def _(query, key, value, slopes, document_ids):
+def _(query, key, value, slopes, starts):
     return aten.empty_token_major(query)
 
 
@@ -109,13 +119,13 @@ def _backward_op(
     key: torch.Tensor,
     value: torch.Tensor,
     slopes: torch.Tensor,
-    document_ids: torch.Tensor | None,
+    starts: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return aten.backward(out_gradient, query, key, value, slopes, document_ids)
+    return aten.backward(out_gradient, query, key, value, slopes, starts)
 
 
 @_backward_op.register_fake
-def _(out_gradient, query, key, value, slopes, document_ids):
+def _(out_gradient, query, key, value, slopes, starts):
     return tuple(aten.empty_token_major(query) for _ in range(3))
 
 

@@ -3,12 +3,13 @@
 A block of queries meets only the keys from the start of its document to its own end, so what causality and
 document boundaries exclude is skipped block by block. So are keys that ALiBi has pushed so far down that
 float32 cannot tell their weights from zero, whatever their scores: where queries and keys are short, a head
-with slope 0.5 sees some 60 tokens back and one with slope 0.05 some 600; long ones bring large scores and see
-further. The backward pass makes the softmax again: nothing is saved but references to query, key and value.
-The bias rides in the score product as one more column of the keys, and is measured from the block's last key,
-which leaves the softmax as it is and the scores small: float32 would lose digits of a score beside a bias of
-hundreds. Of 16-bit inputs, too, scores, softmax and their gradients are made in float32; the weights are then
-rounded, and multiplied in 16 bits where the machine does that clearly faster.
+with slope 0.5 sees some 60 tokens back and one with slope 0.05 some 600; long ones bring large scores and
+see further. The backward pass makes the softmax again: nothing is saved but references to query, key and
+value. The bias slope · (j - i) rides in the score product as one more column of the keys, in float32,
+counted from the block's last key in place of each query, which leaves the softmax as it is and the scores
+small: float32 would lose digits of a score beside a bias of hundreds. Of 16-bit inputs, too, scores,
+softmax and their gradients are made in float32; the weights are then rounded, and multiplied in 16 bits
+where the machine does that clearly faster.
 
 Measured at 16 heads, T = 1024, D = 64 it is faster than torch's own attention with an explicit [T, T] bias
 or with the bias as an extra head dimension. ATen's blocked CPU kernel by itself (a bias broadcast over the
@@ -23,7 +24,6 @@ from itertools import pairwise
 import torch
 
 from lorakernels.cpu_gemm import product_dtype
-from lorakernels.ops.alibi_attention.slopes import alibi_bias, document_starts
 
 QUERIES = 128
 KEYS = 256
@@ -37,13 +37,16 @@ def empty_token_major(query: torch.Tensor) -> torch.Tensor:
     return query.new_empty_strided(query.shape, (length * heads * width, width, heads * width, 1))
 
 
-def document_spans(document_ids: torch.Tensor | None, batch: int, length: int) -> list[list[int]]:
-    """The boundaries of the documents in each of the `batch` rows: 0 first, `length` last."""
-    if document_ids is None or length == 0:
+def document_spans(starts: torch.Tensor | None, batch: int, length: int) -> list[list[int]]:
+    """The boundaries of the documents in each of the `batch` rows: 0 first, `length` last.
+
+    starts [batch or 1, length] is the index of the first token of every token's document, None for 0.
+    """
+    if starts is None or length == 0:
         return [[0, length]] * batch
-    index = torch.arange(length, device=document_ids.device)
-    first = document_starts(document_ids) == index
-    return [[*row.nonzero()[:, 0].tolist(), length] for row in first]
+    first = starts == torch.arange(length, device=starts.device)
+    spans = [[*row.nonzero()[:, 0].tolist(), length] for row in first]
+    return spans * batch if len(spans) == 1 else spans
 
 
 def forward(
@@ -51,21 +54,21 @@ def forward(
     key: torch.Tensor,
     value: torch.Tensor,
     slopes: torch.Tensor,
-    document_ids: torch.Tensor | None,
+    starts: torch.Tensor | None,
 ) -> torch.Tensor:
     """The attention's result [B, heads, T, D], stored as [B, T, heads, D]."""
     out = empty_token_major(query)
-    bias = _bias(query, slopes)
+    slopes = slopes.float().to(_wide_dtype(query.dtype))
     wide, narrow = _wide_dtype(query.dtype), product_dtype(query.dtype)
-    for part in _documents(query, document_ids):
+    for part in _documents(query, starts):
         queries, keys = _with_column(query[part]).mul_(query.shape[-1] ** -0.5), _with_column(key[part])
         queries[..., -1] = 1
         values = _contiguous(value[part], narrow)  # [heads, n, D]
         result = out[part] if out.dtype == narrow else torch.empty_like(values)
         scores = _scratch(queries, wide)
         rounded = scores if narrow == wide else _scratch(queries, narrow)
-        for heads, first, start, stop in _blocks(queries, keys, bias):
-            weights = _softmax(queries[heads], keys[heads], bias[heads], first, start, stop, scores)
+        for heads, first, start, stop in _blocks(queries, keys, slopes):
+            weights = _softmax(queries[heads], keys[heads], slopes[heads], first, start, stop, scores)
             torch.bmm(_rounded(weights, rounded), values[heads, first:stop], out=result[heads, start:stop])
         if result.dtype != out.dtype:
             out[part] = result
@@ -78,7 +81,7 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     slopes: torch.Tensor,
-    document_ids: torch.Tensor | None,
+    starts: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value, each [B, heads, T, D] stored as [B, T, heads, D].
 
@@ -86,10 +89,10 @@ def backward(
     dQ = dS K / sqrt(D), dK = dSᵀ Q / sqrt(D).
     """
     gradients = tuple(empty_token_major(query) for _ in range(3))
-    bias = _bias(query, slopes)
+    slopes = slopes.float().to(_wide_dtype(query.dtype))
     wide, narrow = _wide_dtype(query.dtype), product_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5
-    for part in _documents(query, document_ids):
+    for part in _documents(query, starts):
         queries, keys = _with_column(query[part]).mul_(scale), _with_column(key[part])  # [heads, n, D + 1]
         queries[..., -1] = 1
         values, incoming = _contiguous(value[part], wide), _contiguous(out_gradient[part], wide)
@@ -107,8 +110,8 @@ def backward(
         dk.zero_(), dv.zero_()
         scores, score_gradients = _scratch(queries, wide), _scratch(queries, wide)
         rounded = scores if narrow == wide else _scratch(queries, narrow)
-        for heads, first, start, stop in _blocks(queries, keys, bias):
-            weights = _softmax(queries[heads], keys[heads], bias[heads], first, start, stop, scores)
+        for heads, first, start, stop in _blocks(queries, keys, slopes):
+            weights = _softmax(queries[heads], keys[heads], slopes[heads], first, start, stop, scores)
             ds = score_gradients[: weights.numel()].view(weights.shape)
             torch.bmm(incoming[heads, start:stop], values[heads, first:stop].mT, out=ds)
             torch.ops.aten._softmax_backward_data.out(ds, weights, -1, wide, grad_input=ds)
@@ -125,25 +128,25 @@ def backward(
     return gradients
 
 
-def _documents(query: torch.Tensor, document_ids: torch.Tensor | None) -> Iterator[tuple[int, slice, slice]]:
+def _documents(query: torch.Tensor, starts: torch.Tensor | None) -> Iterator[tuple[int, slice, slice]]:
     """Yield the index of each document into [B, heads, T, ...]."""
     batch, _, length, _ = query.shape
-    for row, spans in enumerate(document_spans(document_ids, batch, length)):
+    for row, spans in enumerate(document_spans(starts, batch, length)):
         for start, stop in pairwise(spans):
             yield row, slice(None), slice(start, stop)
 
 
 def _blocks(
-    queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor
+    queries: torch.Tensor, keys: torch.Tensor, slopes: torch.Tensor
 ) -> Iterator[tuple[slice, int, int, int]]:
     """Yield ``(heads, first, start, stop)``: heads whose queries start..stop need keys first..stop.
 
-    As many neighbouring heads at a time as see equally far and the scores have room for.
+    As many neighbouring heads at a time as see equally far and as the scratch for scores holds.
     """
     heads, tokens, _ = queries.shape
     most = _heads_at_once(tokens, queries.dtype)
     starts = range(0, tokens, QUERIES)
-    for start, firsts in zip(starts, _first_keys(queries, keys, bias), strict=True):
+    for start, firsts in zip(starts, _first_keys(queries, keys, slopes), strict=True):
         head = 0
         while head < heads:
             last = head + 1
@@ -153,7 +156,7 @@ def _blocks(
             head = last
 
 
-def _first_keys(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> list[list[int]]:
+def _first_keys(queries: torch.Tensor, keys: torch.Tensor, slopes: torch.Tensor) -> list[list[int]]:
     """For each block of queries and each head the first key, a multiple of KEYS, that may have any weight.
 
     A row's largest score is at least its own key's, and by Cauchy and Schwarz none is above the product of
@@ -169,10 +172,10 @@ def _first_keys(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -
     gap -= torch.linalg.vecdot(queries, keys)
     gap = torch.stack([block.amax(dim=1) for block in gap.split(QUERIES, dim=1)], dim=1)  # [heads, blocks]
     gap += math.log(8 * tokens / torch.finfo(queries.dtype).eps)
-    bias = bias[:, :tokens].contiguous()
-    # of numbers that are none every key is needed
-    lowest = (bias[:, starts] - gap).nan_to_num(nan=-torch.inf)
-    first = torch.searchsorted(bias, lowest)
+    reach = gap / slopes[:, None]  # tokens back, [heads, blocks]
+    first = torch.tensor(starts, device=reach.device) - reach
+    # without a falling bias, or beside a NaN, every key is needed
+    first = torch.where(slopes[:, None] > 0, first, 0.0).nan_to_num(nan=0.0).clamp_(min=0.0).long()
     return (first // KEYS * KEYS).T.tolist()
 
 
@@ -198,14 +201,8 @@ def _with_column(tensor: torch.Tensor) -> torch.Tensor:
     return wide
 
 
-def _bias(query: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
-    """The bias of every position that a document can have: [heads, T], rounded to query's dtype."""
-    positions = torch.arange(query.shape[2], device=query.device)[None]
-    return alibi_bias(slopes, positions, query.dtype)[0].to(_wide_dtype(query.dtype))
-
-
 def _scratch(queries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Room for the scores of one block of queries [heads, n, D + 1] against every key, of heads at once."""
+    """A buffer for the scores of a block of queries [heads, n, D + 1] against every key, of heads at once."""
     heads, tokens, _ = queries.shape
     heads = min(heads, _heads_at_once(tokens, queries.dtype))
     return torch.empty(heads * min(QUERIES, tokens) * tokens, dtype=dtype, device=queries.device)
@@ -229,15 +226,16 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def _softmax(
     queries: torch.Tensor,
     keys: torch.Tensor,
-    bias: torch.Tensor,
+    slopes: torch.Tensor,
     first: int,
     start: int,
     stop: int,
     scratch: torch.Tensor,
 ) -> torch.Tensor:
     """The weights [h, q, stop - first] of queries start..stop, in scratch; overwrites keys' last column."""
-    torch.sub(bias[:, first:stop], bias[:, stop - 1 : stop], out=keys[:, first:stop, -1])
-    shape = (len(bias), stop - start, stop - first)
+    distance = torch.arange(first + 1 - stop, 1, dtype=slopes.dtype, device=slopes.device)
+    torch.mul(slopes[:, None], distance, out=keys[:, first:stop, -1])
+    shape = (len(slopes), stop - start, stop - first)
     scores = scratch[: shape[0] * shape[1] * shape[2]].view(shape)
     torch.bmm(queries[:, start:stop], keys[:, first:stop].mT, out=scores)
     square = scores.new_full((stop - start, stop - start), -torch.inf)

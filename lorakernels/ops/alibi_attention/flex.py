@@ -1,10 +1,5 @@
 """`alibi_attention` on CUDA: FlexAttention (Dong et al. 2024, arXiv:2412.05496), bias and mask inside its
 kernels.
-
-The bias table [B, heads, T] is rounded to the model's dtype before the kernel sees it: a compiler that
-fuses the rounding into the kernel may leave it out. The kernel adds ``bias[k] - bias[q]``, of which the
-second term is constant in a row, so that scores and their log-sum-exp stay small and float32 keeps their
-digits.
 """
 
 import functools
@@ -12,23 +7,20 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad
 
-from lorakernels.ops.alibi_attention.slopes import alibi_bias, document_starts
+from lorakernels.ops.alibi_attention.mask import BLOCK, AttentionMask
 
-BLOCK = 128
+# tl.dot takes no fewer columns
+LEAST_WIDTH = 16
 
 
 def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slopes: torch.Tensor,
-    document_ids: torch.Tensor | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor, mask: AttentionMask
 ) -> torch.Tensor:
-    """`alibi_attention` for CUDA tensors; compiles itself on first use where no torch.compile surrounds
-    it."""
+    """`alibi_attention` for CUDA tensors, Tq = T; compiles itself where no torch.compile surrounds it."""
     run = masked_attention if torch.compiler.is_compiling() else _compiled()
-    return run(query, key, value, slopes, document_ids)
+    return run(query, key, value, slopes, mask)
 
 
 @functools.cache
@@ -37,57 +29,53 @@ def _compiled() -> Callable[..., torch.Tensor]:
 
 
 def masked_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slopes: torch.Tensor,
-    document_ids: torch.Tensor | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor, mask: AttentionMask
 ) -> torch.Tensor:
-    """FlexAttention with ALiBi's bias and a block mask; [B, heads, T, D]."""
-    if document_ids is None:
-        starts = torch.zeros(1, query.shape[2], dtype=torch.int64, device=query.device)
-    else:
-        starts = document_starts(document_ids)
-    packed = document_ids is not None
-    positions = torch.arange(query.shape[2], device=query.device) - starts
-    bias = alibi_bias(slopes, positions, query.dtype).float()  # [B or 1, heads, T]
+    """FlexAttention with ALiBi's bias, made and added in float32, and the mask's blocks; [B, heads, T, D]."""
+    slopes, width = slopes.float(), query.shape[3]
 
     def add_bias(score, b, h, q, k):
-        row = b if packed else 0
-        return score + (bias[row, h, k] - bias[row, h, q])
+        return score + slopes[h] * (k - q)
 
-    return flex_attention(query, key, value, score_mod=add_bias, block_mask=causal_blocks(starts))
+    if width < LEAST_WIDTH:
+        query, key, value = (_widened(tensor) for tensor in (query, key, value))
+    out = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=add_bias,
+        block_mask=block_mask(mask),
+        scale=width**-0.5,
+    )
+    if width < LEAST_WIDTH:
+        out = out.transpose(1, 2)[..., :width].contiguous().transpose(1, 2)
+    return out
 
 
-def causal_blocks(starts: torch.Tensor) -> BlockMask:
-    """The block mask of causal attention within documents, from each token's document start [B, T].
+def block_mask(mask: AttentionMask) -> BlockMask:
+    """The mask as FlexAttention takes it. Raises ValueError for index tensors that its kernels would misread.
 
-    Starts never fall along a row, so the first and the last query of a block say which blocks of keys it
-    sees: those from the first query's start to the block itself, and wholly those before it that begin no
-    earlier than the last query's start. No [T, T] tensor is made; the result holds (T / 128)² block
-    numbers.
+    They find a row's blocks at ``row · heads of the mask · stride of the head``: the head's stride must be
+    that of a contiguous tensor, although there is one head; with another one every row reads the first
+    row's blocks.
     """
-    rows, length = starts.shape
-    blocks = -(-length // BLOCK)
-    index = torch.arange(blocks, device=starts.device)
-    first_start = starts[:, index * BLOCK, None]  # [B, blocks, 1]
-    last_start = starts[:, (index * BLOCK + BLOCK - 1).clamp(max=length - 1), None]
-    visible = (index >= first_start // BLOCK) & (index <= index[:, None])  # [B, query blocks, key blocks]
-    complete = (index[:, None] + 1) * BLOCK <= length  # as torch has it: queries past the end see nothing
-    whole = (index * BLOCK >= last_start) & (index < index[:, None]) & complete
+    blocks = mask._asdict()
+    starts = blocks.pop("starts")
+    for tensor in blocks.values():
+        if tensor.stride(1) != tensor.stride(2) * tensor.shape[2]:
+            raise ValueError(
+                "mask: expected index tensors with the second stride of a contiguous tensor, got strides "
+                f"{list(tensor.stride())} for shape {list(tensor.shape)}"
+            )
+    one_for_all = starts.shape[0] == 1
 
     def allowed(b, h, q, k):
-        row = b if rows > 1 else 0
-        return (k <= q) & (k >= starts[row, q])
+        return (k <= q) & (k >= starts[0 if one_for_all else b, q])
 
-    partial_blocks, whole_blocks = _listed(visible & ~whole), _listed(whole)
-    return BlockMask.from_kv_blocks(
-        *partial_blocks, *whole_blocks, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length)
-    )
+    length = starts.shape[1]
+    return BlockMask(seq_lengths=(length, length), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=allowed, **blocks)
 
 
-def _listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many key blocks each query block has [B, 1, n], and their numbers, chosen ones first [B, 1, n,
-    n]."""
-    numbers = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32)[:, None], numbers.int()[:, None]
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """tensor [B, heads, T, D] with zeros up to the least width, stored as [B, T, heads, D]."""
+    return pad(tensor.transpose(1, 2), (0, LEAST_WIDTH - tensor.shape[3])).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 import torch
 
-from lorakernels.ops.alibi_attention.slopes import alibi_bias, document_starts, key_positions
+from lorakernels.ops.alibi_attention.mask import document_starts
 
 
 def alibi_attention_reference(
@@ -11,24 +11,20 @@ def alibi_attention_reference(
     value: torch.Tensor,
     slopes: torch.Tensor,
     document_ids: torch.Tensor | None = None,
-    *,
-    bias_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Softmax attention as written in Press et al. 2021 (arXiv:2108.12409), [B, heads, T, D].
+    """Softmax attention as written in Press et al. 2021 (arXiv:2108.12409), [B, heads, Tq, D].
 
-    bias_dtype is the dtype that the bias is rounded to, query's own if None: an oracle in float64 for a bf16
-    model passes float64 tensors and ``bias_dtype=torch.bfloat16``.
+    query [B, heads, Tq, D] are the last Tq of the T positions of key and value [B, heads, T, D]; document_ids
+    [B or 1, T]. Computed in float32, float64 for float64, and rounded once.
     """
-    batch, _, length, head_dim = query.shape
-    if document_ids is None:
-        document_ids = torch.zeros(batch, length, dtype=torch.int64, device=query.device)
-    bias = alibi_bias(slopes, key_positions(document_ids), bias_dtype or query.dtype).to(
-        query.dtype
-    )  # [B, h, T]
-    starts = document_starts(document_ids)
-    allowed = starts[:, :, None] == starts[:, None, :]  # [B, T, T]
-    allowed = allowed.tril()[:, None]
-    scores = query @ key.transpose(-1, -2) * head_dim**-0.5 + bias[:, :, None, :]
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return torch.softmax(scores, dim=-1, dtype=statistics).to(query.dtype) @ value
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    queries, keys, head_dim = query.shape[2], key.shape[2], query.shape[3]
+    index = torch.arange(keys, device=query.device)
+    distance = index - index[keys - queries :, None]  # [Tq, T], j - i
+    scores = query.to(wide) @ key.to(wide).mT * head_dim**-0.5
+    scores = scores + slopes.float().to(wide)[:, None, None] * distance
+    hidden = distance > 0
+    if document_ids is not None:
+        hidden = hidden | (index < document_starts(document_ids)[:, None, keys - queries :, None])
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+    return (weights @ value.to(wide)).to(query.dtype)

@@ -1,4 +1,4 @@
-"""ALiBi's constants: a slope per head, a position per key, and their product in the model's dtype."""
+"""ALiBi's constants: a slope per head."""
 
 import math
 
@@ -28,22 +28,3 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> to
 def _geometric(heads: int, powers: torch.Tensor) -> torch.Tensor:
     base = torch.full((), 2.0 ** (-8.0 / heads), dtype=torch.float32, device=powers.device)
     return torch.pow(base, powers)
-
-
-def key_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """Position of every token from the start of its document: [B, T] int64 from contiguous ids [B, T]."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device)
-    return index - document_starts(document_ids)
-
-
-def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
-    """Index of the first token of every token's document: [B, T] int64 from contiguous ids [B, T]."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device)
-    first = torch.ones_like(document_ids, dtype=torch.bool)
-    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return torch.where(first, index, 0).cummax(dim=1).values
-
-
-def alibi_bias(slopes: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``slope · position``, made in float32 and rounded to dtype: [B, heads, T] from [heads] and [B, T]."""
-    return (slopes.float()[None, :, None] * positions[:, None, :]).to(dtype)
