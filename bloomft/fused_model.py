@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
@@ -24,7 +25,14 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from bloomft.data import IGNORE_INDEX
 from bloomft.runtime import release_freed_memory
-from lorakernels import alibi_attention, alibi_slopes, frozen_linear, linear_cross_entropy
+from lorakernels import (
+    AttentionMask,
+    alibi_attention,
+    alibi_slopes,
+    attention_mask,
+    frozen_linear,
+    linear_cross_entropy,
+)
 
 # Freed memory goes back once in so many blocks: what a block frees lies between what it saves, in holes that
 # glibc cannot give to aligned tensors of the same size. After every block, fresh pages would cost more.
@@ -35,24 +43,30 @@ class _FusedInputs(NamedTuple):
     """Travels in place of transformers' alibi tensor when attention takes the fused path."""
 
     slopes: Tensor  # [heads] float32
-    document_ids: Tensor | None  # [B, T]
+    mask: AttentionMask | None  # of the rows' documents; None for queries that follow cached keys
 
 
 class FusedBloomAttention(BloomAttention):
     """BLOOM's attention through `alibi_attention`; transformers' own path for everything that needs it."""
 
-    def forward(self, hidden_states, residual, alibi, attention_mask, **kwargs):
+    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
         """As `BloomAttention.forward`; fused when ``alibi`` is a `_FusedInputs`."""
         if not isinstance(alibi, _FusedInputs):
-            return super().forward(hidden_states, residual, alibi, attention_mask, **kwargs)
-        return self.attend(self.query_key_value(hidden_states), residual, alibi), None
+            return super().forward(
+                hidden_states, residual, alibi, attention_mask, layer_past=layer_past, **kwargs
+            )
+        return self.attend(self.query_key_value(hidden_states), residual, alibi, layer_past), None
 
-    def attend(self, fused: Tensor, residual: Tensor, alibi: _FusedInputs) -> Tensor:
+    def attend(
+        self, fused: Tensor, residual: Tensor, alibi: _FusedInputs, cache: DynamicCache | None = None
+    ) -> Tensor:
         """What comes after ``fused`` [B, T, 3H] = query_key_value(x): attention, dense and residual."""
         fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
         # unbind, since its backward writes the three gradients into one tensor, in one pass
         query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
-        context = alibi_attention(query, key, value, alibi.slopes, document_ids=alibi.document_ids)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        context = alibi_attention(query, key, value, alibi.slopes, mask=alibi.mask)
         context = context.transpose(1, 2).flatten(2)  # [B, T, H]
         output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
         return _add_residual(self.dense, output, residual)
@@ -61,15 +75,15 @@ class FusedBloomAttention(BloomAttention):
 class FusedBloomBlock(BloomBlock):
     """BLOOM's block; what query_key_value saves of the layer norm before it is made again in backward."""
 
-    def forward(self, hidden_states, alibi, attention_mask, **kwargs):
+    def forward(self, hidden_states, alibi, attention_mask, layer_past=None, **kwargs):
         """As `BloomBlock.forward`; fused when ``alibi`` is a `_FusedInputs`."""
         if not isinstance(alibi, _FusedInputs):
-            return super().forward(hidden_states, alibi, attention_mask, **kwargs)
+            return super().forward(hidden_states, alibi, attention_mask, layer_past=layer_past, **kwargs)
         normed = self.input_layernorm(hidden_states)
         with _made_again(normed, self.input_layernorm, hidden_states):
             fused = self.self_attention.query_key_value(normed)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
-        attended = self.self_attention.attend(fused, residual, alibi)
+        attended = self.self_attention.attend(fused, residual, alibi, layer_past)
         normed = self.post_attention_layernorm(attended)
         residual = normed if self.apply_residual_connection_post_layernorm else attended
         return self.mlp(normed, residual), None
@@ -137,7 +151,9 @@ class FusedBloomModel(BloomModel):
             or _has_holes(attention_mask)
         )
         eager = eager or (config.slow_but_exact and config.pretraining_tp > 1)
-        if cached or (eager and document_ids is None):
+        # in training mode transformers itself decides what becomes of a cache
+        eager = eager or (cached and (self.training or not _only_grows(cache)))
+        if eager and document_ids is None:
             return super().forward(
                 input_ids=input_ids,
                 cache=cache,
@@ -154,12 +170,12 @@ class FusedBloomModel(BloomModel):
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = self.word_embeddings_layernorm(hidden)
         slopes = alibi_slopes(self.num_heads, device=hidden.device)
-        if document_ids is not None and self.h[0]._compiled_call_impl is not None:
-            torch._dynamo.maybe_mark_dynamic(document_ids, 1)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
         if eager:
             alibi, mask = _document_bias(slopes, document_ids, attention_mask, hidden.dtype)
         else:
-            alibi, mask = _FusedInputs(slopes, document_ids), None
+            alibi, mask = _FusedInputs(slopes, self._mask(document_ids, hidden, cache)), None
 
         every_hidden = [hidden]
         every_attention = []
@@ -170,7 +186,11 @@ class FusedBloomModel(BloomModel):
                 # Lengths vary from the first call on: one compilation for all, not one for the first.
                 torch._dynamo.maybe_mark_dynamic(hidden, 1)
             hidden, attention = block(
-                hidden, alibi=alibi, attention_mask=mask, layer_past=None, output_attentions=output_attentions
+                hidden,
+                alibi=alibi,
+                attention_mask=mask,
+                layer_past=cache,
+                output_attentions=output_attentions,
             )
             every_hidden.append(hidden)
             every_attention.append(attention)
@@ -181,10 +201,23 @@ class FusedBloomModel(BloomModel):
         hidden_states = tuple(every_hidden) if wanted else None
         attentions = tuple(every_attention) if output_attentions else None
         if not (config.return_dict if return_dict is None else return_dict):
-            return tuple(value for value in (hidden, hidden_states, attentions) if value is not None)
+            return tuple(value for value in (hidden, cache, hidden_states, attentions) if value is not None)
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden, hidden_states=hidden_states, attentions=attentions
+            last_hidden_state=hidden, cache=cache, hidden_states=hidden_states, attentions=attentions
         )
+
+    def _mask(
+        self, document_ids: Tensor | None, hidden: Tensor, cache: DynamicCache | None
+    ) -> AttentionMask | None:
+        """The mask for all blocks, None for tokens that follow cached ones and see them all."""
+        if cache is not None and cache.get_seq_length() > 0:
+            return None
+        mask = attention_mask(document_ids, *hidden.shape[:2], hidden.device)
+        if self.h[0]._compiled_call_impl is not None:
+            for tensor in mask:
+                for dimension in range(1, tensor.ndim):
+                    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+        return mask
 
 
 class FusedBloomForCausalLM(BloomForCausalLM):
@@ -348,6 +381,13 @@ def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
 def _fragments(hidden: Tensor) -> bool:
     """Whether this forward pass leaves free memory between what it saves for the backward pass."""
     return hidden.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _only_grows(cache: Cache | None) -> bool:
+    """Whether cache is yet to be made, or holds the keys seen so far: not static, sliding or quantized."""
+    return cache is None or (
+        type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    )
 
 
 def _has_holes(attention_mask) -> bool:

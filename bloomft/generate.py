@@ -18,7 +18,8 @@ from bloomft.checkpoint import find_checkpoint, load_checkpoint
 from bloomft.config import Config, ModelConfig, TransformerConfig, load_config
 from bloomft.errors import UserError, run_command
 from bloomft.export import restore
-from bloomft.model import load_base, patch_base, quiet_transformers
+from bloomft.model import Base, load_base, patch_base, quiet_transformers
+from bloomft.patch import fuse_bloom
 from bloomft.runtime import pick_device, setup_process
 
 
@@ -84,8 +85,7 @@ def load_for_generation(
         return _load_folder(source, "auto")
     config = load_config(source, overrides)
     if checkpoint is None:
-        base = load_base(config.model.transformer)
-        return base.model.to(pick_device(config.train.device)).eval(), base.tokenizer
+        return _fused(load_base(config.model.transformer), config.train.device)
     path = find_checkpoint(checkpoint, Path(config.train.output_dir))
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         return _load_adapter_folder(config, path)
@@ -97,8 +97,13 @@ def load_for_generation(
 
 
 def _load_folder(folder: str, device: str) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
-    base = load_base(TransformerConfig(pretrained_model_name_or_path=folder))
-    return base.model.to(pick_device(device)).eval(), base.tokenizer
+    return _fused(load_base(TransformerConfig(pretrained_model_name_or_path=folder)), device)
+
+
+def _fused(base: Base, device: str) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
+    """A base without adapters in the fused parts that it is trained in, so that both write alike."""
+    model = base.model.to(pick_device(device)).requires_grad_(False)
+    return fuse_bloom(model).eval(), base.tokenizer
 
 
 def _load_adapter_folder(config: Config, folder: Path) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:

@@ -1,0 +1,130 @@
+"""A key-value cache takes the fused attention: the same text as without one, and no [T, T] memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BloomForCausalLM, DynamicCache, StaticCache
+
+from bloomft import export
+from bloomft.config import load_config
+from bloomft.fused_model import FusedBloomForCausalLM, FusedBloomModel
+from bloomft.generate import load_for_generation
+from bloomft.patch import fuse_bloom, unfuse_bloom
+from bloomft.train import train
+from lorakernels.ops.alibi_attention import aten, plain
+from tests.bloomft.conftest import tiny_model
+from tests.bloomft.test_patch import plain_twin, tokens, with_trained_adapters
+from tests.lorakernels.largest_tensor import LargestTensor
+
+GREEDY = {"do_sample": False, "pad_token_id": 3, "eos_token_id": None}
+
+
+class CountMasks(TorchDispatchMode):
+    """How often the mask was made, and how often attention ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = self.attentions = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.masks += function is torch.ops.lorakernels.attention_mask.default
+        self.attentions += function is torch.ops.lorakernels.alibi_attention.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def spread_model() -> BloomForCausalLM:
+    """Weights large enough that greedy text hangs on more than rounding."""
+    model = tiny_model(n_layer=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model.eval()
+
+
+def greedy_without_cache(model, ids, new_tokens):
+    """The definition: the whole text again for every token."""
+    for _ in range(new_tokens):
+        logits = model(ids, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [1, 7, 140])
+def test_greedy_text_is_that_of_the_uncached_model(spread_model, dtype, length):
+    model = with_trained_adapters(spread_model.to(dtype)).eval()
+    ids = tokens(2, length)
+    with torch.no_grad():
+        expected = greedy_without_cache(model, ids, 24)
+    cached = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, **GREEDY)
+    assert torch.equal(cached, expected)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_beams_and_static_caches_write_what_transformers_writes(spread_model, beams, implementation):
+    model = with_trained_adapters(spread_model).eval()
+    ids = tokens(2, 9)
+    options = {"max_new_tokens": 12, "num_beams": beams, "disable_compile": True, **GREEDY}
+    if implementation is not None:
+        options["cache_implementation"] = implementation
+    mask = torch.ones_like(ids)
+    expected = plain_twin(model).generate(ids, attention_mask=mask, **options)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)
+
+
+def test_a_static_cache_handed_in_by_a_caller(spread_model):
+    ids = tokens(1, 9)
+    model = with_trained_adapters(spread_model).eval()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        first = model(ids[:, :6], cache=cache).logits
+        rest = model(ids[:, 6:], cache=cache).logits
+    torch.testing.assert_close(torch.cat([first, rest], 1), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_prompt_may_come_in_pieces(spread_model):
+    ids = tokens(2, 300)
+    model = with_trained_adapters(spread_model).eval()
+    cache, parts = DynamicCache(), []
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for piece in ids.split([5, 200, 1, 94], dim=1):
+            parts.append(model(piece, cache=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_long_prompt_needs_no_square_memory():
+    length = 20_000
+    model = fuse_bloom(tiny_model(n_layer=1, n_head=1, hidden_size=8, vocab_size=400)).eval()
+    ids = tokens(1, length)
+    with LargestTensor() as seen, torch.no_grad():
+        cache = model(ids, use_cache=True, logits_to_keep=1).cache
+        model(ids[:, :1], cache=cache)
+    assert seen.elements <= max(plain.QUERIES, aten.QUERIES) * (length + 1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_mask_is_made_once_a_batch(checkpointing):
+    model = with_trained_adapters(tiny_model(n_layer=3)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(2, 40)
+    with CountMasks() as count:
+        model(ids, labels=ids, document_ids=torch.arange(40).repeat(2, 1) // 10).loss.backward()
+    assert count.masks == 1
+    assert count.attentions == (6 if checkpointing else 3)
+
+
+def test_the_base_and_exported_folders_are_fused(settings, config_path):
+    settings["optim"]["scheduler"]["num_training_steps"] = 2
+    path = str(config_path(settings))
+    run_dir = train(load_config(path)).run_dir
+    export.main([path, "last.ckpt"])
+    for arguments in ((path, None), (path, "merged"), (str(run_dir / "merged"), None)):
+        model, _ = load_for_generation(*arguments)
+        assert type(model) is FusedBloomForCausalLM
+        assert type(model.transformer) is FusedBloomModel
+        assert type(unfuse_bloom(model)) is BloomForCausalLM
