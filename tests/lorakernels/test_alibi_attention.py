@@ -314,9 +314,12 @@ def test_few_queries_are_the_last_positions(dtype, documents, queries):
     results = results_of(alibi_attention, tensors, slopes, incoming, document_ids=ids)
     assert failures(results, tensors, slopes, ids, incoming) == []
     assert results[0].transpose(1, 2).is_contiguous()
+    with torch.no_grad():
+        results[0] = alibi_attention(*tensors, slopes, document_ids=ids)
+    assert failures(results, tensors, slopes, ids, incoming) == []
     mask = attention_mask(ids, 2, 300, "cpu")
-    with_mask = results_of(alibi_attention, tensors, slopes, incoming, mask=mask)
-    assert all(torch.equal(a, b) for a, b in zip(results, with_mask, strict=True))
+    with torch.no_grad():
+        assert torch.equal(results[0], alibi_attention(*tensors, slopes, mask=mask))
 
 
 def test_few_queries_see_their_own_positions():

@@ -17,14 +17,21 @@ def alibi_attention_reference(
     query [B, heads, Tq, D] are the last Tq of the T positions of key and value [B, heads, T, D]; document_ids
     [B or 1, T]. Computed in float32, float64 for float64, and rounded once.
     """
+    bias = biases(query, key, slopes, document_ids)
+    scores = query.to(bias.dtype) @ key.to(bias.dtype).mT * query.shape[3] ** -0.5 + bias
+    return (torch.softmax(scores, dim=-1) @ value.to(bias.dtype)).to(query.dtype)
+
+
+def biases(
+    query: torch.Tensor, key: torch.Tensor, slopes: torch.Tensor, document_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """slope · (j - i) where query i sees key j, else -inf: [B or 1, heads, Tq, T] in float32 or wider."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    queries, keys, head_dim = query.shape[2], key.shape[2], query.shape[3]
+    queries, keys = query.shape[2], key.shape[2]
     index = torch.arange(keys, device=query.device)
-    distance = index - index[keys - queries :, None]  # [Tq, T], j - i
-    scores = query.to(wide) @ key.to(wide).mT * head_dim**-0.5
-    scores = scores + slopes.float().to(wide)[:, None, None] * distance
+    distance = index - index[keys - queries :, None]  # [Tq, T]
     hidden = distance > 0
     if document_ids is not None:
         hidden = hidden | (index < document_starts(document_ids)[:, None, keys - queries :, None])
-    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
-    return (weights @ value.to(wide)).to(query.dtype)
+    bias = slopes.float().to(wide)[None, :, None, None] * distance
+    return bias.masked_fill(hidden, -torch.inf)
