@@ -2,7 +2,7 @@
 
 Each rival lives in a process of its own, since its settings and its memory are the process's; the steps are
 taken in turn, medians reported. Every loss and adapter gradient is compared with float64 before a time is
-printed: ours may be off by 1.2 times PEFT's own error and a slack, 1e-5 in float32. ``--full`` takes all 24
+printed, by what the dtype costs at best (baselines/rounded_model.py). ``--full`` takes all 24
 layers (12 for the ablation) and every case, each turn in a fresh process after one untimed step, since not
 all fit in memory together; otherwise there are 4 layers.
 
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 from benchmarks import process_memory
 from benchmarks.baselines.bloom_step import (
@@ -29,8 +29,10 @@ from benchmarks.baselines.bloom_step import (
     total_flops,
     write_weights,
 )
+from benchmarks.baselines.rounded_model import gradient_bound, loss_bound
 from benchmarks.interleave import ONLY, Timing, record, require_right
 from benchmarks.step_processes import ATTENTION, FLOORS, GEMMS, RivalProcess
+from lorakernels.tolerance import relative_error
 
 THREADS = 2
 INSTALLED, SETTINGS, OURS = "peft as installed", "peft, our settings", "bloomft"
@@ -67,8 +69,11 @@ def test_step(case, full, benchmark):
     shape = settings.shape if full else smaller(settings.shape, layers=4)
     with scratch_folder() as folder:
         weights = write_weights(shape, Path(folder))
-        exact = process_memory.in_fresh_process(exact_results, shape, weights, THREADS)
-        require = functools.partial(_require_right, exact=exact, narrow=shape.dtype != "float32")
+        exact, rounded = (
+            process_memory.in_fresh_process(exact_results, shape, weights, THREADS, way)
+            for way in (False, True)
+        )
+        require = functools.partial(_require_right, exact=exact, rounded=rounded, shape=shape)
         rivals = {name: RivalProcess(name, shape, weights, THREADS) for name in settings.rivals}
         try:
             turns = functools.partial(_take_turns, rivals, require, rounds=3, keep=not full)
@@ -110,21 +115,20 @@ def _take_turns(
     return milliseconds, memory, errors
 
 
-def _require_right(results: dict[str, tuple], exact: tuple, narrow: bool) -> dict[str, float]:
-    """Ours are as near to float64 as PEFT's are, or no speed is printed; each rival's worst errors."""
-    right = [np.array(exact[0]), *exact[1]]
+def _require_right(results: dict[str, tuple], exact: tuple, rounded: tuple, shape: Shape) -> dict[str, float]:
+    """Ours are as near to float64 as the dtype allows, or no speed is printed; each rival's worst errors."""
+    dtype, widest = getattr(torch, shape.dtype), 4 * shape.hidden_size
+    right, once = (list(map(torch.from_numpy, gradients)) for _, gradients in (exact, rounded))
+    bounds = [loss_bound(exact[0], rounded[0], dtype, shape.tokens - shape.masked, widest)]
+    bounds += [gradient_bound(*pair, dtype, widest) for pair in zip(right, once, strict=True)]
     found = {
-        name: [
-            float(np.linalg.norm(own - expected) / np.linalg.norm(expected))
-            for own, expected in zip([loss, *gradients], right, strict=True)
+        name: [abs(loss - exact[0]) / abs(exact[0])]
+        + [
+            relative_error(torch.from_numpy(own), expected)
+            for own, expected in zip(gradients, right, strict=True)
         ]
         for name, (loss, gradients) in results.items()
     }
-    plain = next(iter(found.values()))  # PEFT's
-    # the loss is a mean over tokens
-    sizes = [Shape.tokens, *(gradient.size for gradient in exact[1])]
-    slack = [2**-8 / size**0.5 if narrow else 1e-5 for size in sizes]
-    bounds = [1.2 * error + more for error, more in zip(plain, slack, strict=True)]
     require_right(
         {
             name: [

@@ -17,6 +17,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
 
 from benchmarks.baselines.cross_entropy import row_chunks
+from benchmarks.baselines.rounded_model import round_modules
 from bloomft.fused_model import FUSED_CLASSES, FusedBloomAttention, FusedBloomForCausalLM, FusedBloomModel
 from bloomft.patch import adapted_layers, patch_bloom
 from bloomft.runtime import setup_process
@@ -195,16 +196,21 @@ def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tens
     return step, trained, model
 
 
-def exact_results(shape: Shape, weights: Path, threads: int) -> tuple[float, list[np.ndarray]]:
+def exact_results(
+    shape: Shape, weights: Path, threads: int, rounded: bool = False
+) -> tuple[float, list[np.ndarray]]:
     """Loss and adapter gradients of PEFT's model in float64, but for transformers' float32 softmax.
 
-    The logits are made a few rows at a time. For a fresh process.
+    With rounded, every module's result goes through the shape's dtype. The logits are made a few rows at a
+    time. For a fresh process.
     """
     torch.set_num_threads(threads)
     setup_process()
     model = with_peft(load_base(shape, weights))
     trained = fill_adapters(model)
     model.double()
+    if rounded:
+        round_modules(model, getattr(torch, shape.dtype))
     # every layer's float64 activations would not fit beside each other
     model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = shape.batch()

@@ -1,5 +1,10 @@
 """alibi_attention among torch's own operators, its FlexAttention form, and its errors."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -155,6 +160,27 @@ def test_index_tensors_that_kernels_would_misread_are_refused():
         assert torch.equal(getattr(misread, field), tensor)
         with pytest.raises(ValueError, match="second stride of a contiguous tensor"):
             flex.block_mask(misread)
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="inductor's insides differ by version")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
+def test_inductors_kernels_read_each_rows_own_blocks():
+    """4 rows of 16 blocks: a row further is 16 counts and 256 numbers further, not 0."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.lorakernels.inductor_cuda_code"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    eager, dynamic, traced, plain = json.loads(run.stdout.splitlines()[-1])
+    right = {"stride_kv_num_blks_h": "16", "stride_kv_idx_h": "256"}
+    right |= {name.replace("stride_", "stride_full_"): value for name, value in right.items()}
+    assert eager == traced == right
+    assert dynamic.keys() == right.keys()
+    assert "0" not in dynamic.values()
+    # why the mask has an operator of its own
+    assert plain["stride_kv_idx_h"] == "0"
 
 
 def operators_of(function, *arguments):
