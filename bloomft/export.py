@@ -5,16 +5,20 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import BloomForCausalLM
 
 from bloomft.adapters import save_peft_adapter
 from bloomft.arguments import parse_command
 from bloomft.checkpoint import TrainingState, check_base, find_checkpoint, load_checkpoint
 from bloomft.config import Config, LoraConfig
+from bloomft.data import IGNORE_INDEX
 from bloomft.errors import UserError, run_command
 from bloomft.files import folder_written_aside
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
@@ -32,13 +36,16 @@ class MergeShift:
     Attributes:
         logits: largest absolute difference of the logits on the probed rows, and ``logits_scale`` the largest
             absolute logit there.
-        unmerged_loss, merged_loss: held-out losses, None where the held-out text is not to be had.
+        unmerged_loss, merged_loss: held-out losses, None without held-out text.
+        transformers_loss: that of the merged model by transformers' own attention, which differs in 16
+            bits; None in float32 and without held-out text.
     """
 
     logits: float
     logits_scale: float
     unmerged_loss: float | None
     merged_loss: float | None
+    transformers_loss: float | None
 
 
 def restore(config: Config, state: TrainingState, path: Path, base: Base):
@@ -110,9 +117,33 @@ def _save_merged(config: Config, base: Base, model, folder: Path) -> MergeShift:
     (unmerged, unmerged_loss), (merged, merged_loss) = measured
     unfuse_bloom(model).save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
+    transformers_loss = None
+    if heldout is not None and base.dtype.itemsize == 2:
+        batches = heldout.eval_batches(config.train.batch_size)
+        transformers_loss = _loss_by_document(model, islice(batches, config.train.eval_max_batches))
     return MergeShift(
-        (merged - unmerged).abs().max().item(), unmerged.abs().max().item(), unmerged_loss, merged_loss
+        (merged - unmerged).abs().max().item(),
+        unmerged.abs().max().item(),
+        unmerged_loss,
+        merged_loss,
+        transformers_loss,
     )
+
+
+@torch.no_grad()
+def _loss_by_document(model: BloomForCausalLM, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Mean loss over the labels, in nats a token, of a plain model, which knows no packed documents."""
+    total, count = 0.0, 0
+    for batch in batches:
+        for ids, labels, documents in zip(
+            batch["input_ids"], batch["labels"], batch["document_ids"], strict=True
+        ):
+            for document in documents[documents >= 0].unique().tolist():
+                own = documents == document
+                text, targets = (tensor[own][None].to(model.device) for tensor in (ids, labels))
+                total += model(text, labels=targets, use_cache=False, num_items_in_batch=1).loss.item()
+                count += int((targets != IGNORE_INDEX).sum())
+    return total / count
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -139,6 +170,11 @@ def main(arguments: Sequence[str]) -> None:
             print(
                 f"held-out loss {shift.unmerged_loss:.6f} unmerged, "
                 f"{shift.merged_loss:.6f} merged ({moved:+.1e})"
+            )
+        if shift.transformers_loss is not None:
+            print(
+                f"held-out loss {shift.transformers_loss:.6f} by transformers' own attention, which rounds "
+                "scores and biases to 16 bits"
             )
     print(f"wrote {output}")
 

@@ -15,7 +15,7 @@ from bloomft.errors import UserError
 from bloomft.export import export, main, restore
 from bloomft.model import load_base
 from bloomft.patch import adapter_state, patch_bloom
-from bloomft.train import train
+from bloomft.train import load_data, train
 
 IDS = torch.randint(4, 384, (3, 24), generator=torch.Generator().manual_seed(3))
 
@@ -34,6 +34,21 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def load_with_peft(base_folder, adapter) -> PeftModel:
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter).eval()
+
+
+def plain_heldout_loss(path, folder) -> float:
+    """Of a merged folder: transformers alone, a document at a time, in nats a label."""
+    config = load_config(path)
+    _, heldout, _ = load_data(config, load_base(config.model.transformer))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    losses = []
+    for batch in heldout.eval_batches(1):
+        (ids,), (documents,) = batch["input_ids"], batch["document_ids"]
+        for text in (ids[documents == number] for number in range(int(documents.max()) + 1)):
+            with torch.no_grad():
+                logits = model(text[None]).logits[0, :-1].float()
+            losses += torch.nn.functional.cross_entropy(logits, text[1:], reduction="none").tolist()
+    return sum(losses) / len(losses)
 
 
 def test_merged_and_peft_agree_with_the_trained_model(trained, base_folder, tmp_path, capsys):
@@ -92,6 +107,7 @@ def test_half_precision_base_is_merged_in_float32_and_kept_in_its_dtype(
     assert merged.dtype == torch.bfloat16
     assert 0 < shift.logits < 0.1 * shift.logits_scale
     assert abs(shift.merged_loss - shift.unmerged_loss) < 0.02
+    assert shift.transformers_loss == pytest.approx(plain_heldout_loss(path, tmp_path / "out"), rel=1e-5)
 
     state = load_checkpoint(run_dir / "last.ckpt").adapters
     name = "transformer.h.1.self_attention.query_key_value"
