@@ -1,4 +1,4 @@
-"""How far a result may be from the exact one: one rule, which follows from the dtypes and the length of the sums.
+"""How far a result may be from the exact one: one rule, from the dtypes and the length of the sums.
 
 The tests, the benchmarks and the check before an implementation is first used all ask here; nothing is
 compared with what another implementation happens to reach.
@@ -9,13 +9,21 @@ import math
 import torch
 from torch import Tensor
 
+# Elements that are widened to float64 at a time: a long result need not fit in float64 as a whole.
+BLOCK_ELEMENTS = 2**24
+
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
     """Frobenius norm of got - exact over that of exact, in float64; inf for a wrong shape or a non-number."""
-    if got.shape != exact.shape or not torch.isfinite(got).all():
+    if got.shape != exact.shape:
         return math.inf
-    difference, norm = (got.double() - exact.double()).norm(), exact.double().norm()
-    return float(difference / norm) if norm else float(difference)
+    got, exact = torch.atleast_1d(got, exact)
+    blocks = list(zip(*(tensor.split(_block_rows(exact)) for tensor in (got, exact)), strict=True))
+    difference = math.hypot(*(float((one.double() - other.double()).norm()) for one, other in blocks))
+    norm = math.hypot(*(float(other.double().norm()) for _, other in blocks))
+    if not math.isfinite(difference):
+        return math.inf
+    return difference / norm if norm else difference
 
 
 def largest_error(
@@ -50,7 +58,7 @@ def largest_error(
         rounding = relative_error(exact.to(dtype), exact)
         if not math.isfinite(rounding):
             raise ValueError(f"exact: its values do not fit {dtype}")
-        return 1.1 * math.sqrt(roundings) * rounding + torch.finfo(dtype).eps / math.sqrt(max(exact.numel(), 1))
+        return 1.1 * math.sqrt(roundings) * rounding + _few(dtype, exact.numel())
     if operands.itemsize == 2:
         return 2**-16 + terms * 2**-28
     if exact.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -68,7 +76,7 @@ def deviations(
     terms: int,
     roundings: int = 1,
 ) -> list[str]:
-    """One line for each way in which got is not the exact result rounded to dtype; empty where it is right."""
+    """One line for each way in which got is not the exact result in dtype; empty where it is right."""
     lines = []
     if got.dtype != dtype:
         lines.append(f"{name}: {got.dtype} in place of {dtype}")
@@ -77,6 +85,45 @@ def deviations(
     if not error <= bound:
         lines.append(f"{name}: relative error {error:.3g} above the bound {bound:.3g}")
     return lines
+
+
+def structured_deviations(
+    name: str,
+    got: Tensor,
+    exact: Tensor,
+    probe: Tensor,
+    dtype: torch.dtype,
+    *,
+    operands: torch.dtype,
+    terms: int,
+    roundings: int = 1,
+) -> list[str]:
+    """A line where the error of a 16-bit got [M, N] has a structure, seen through probe [N, r].
+
+    What a dropped low part of a factor leaves behind is no larger than the rounding of the result, and passes
+    `deviations` where two roundings may. But roundings of different elements are independent, so that
+    |(got - exact)·probe| is about rho·sqrt(roundings)·|exact|·|probe| / sqrt(N), which is sqrt(N / r) below
+    what an error along the probe makes of it: the bound is that of `largest_error` times |exact|·|probe| /
+    sqrt(N), for M·r sums, and what float32 accumulation may add to exact·probe itself. The rows of exact, and
+    its columns, must differ, as those of random problems do.
+    """
+    rho = largest_error(exact, dtype, operands=operands, terms=terms, roundings=roundings)
+    seen = exact @ probe
+    blocks = zip(*(tensor.split(_block_rows(exact)) for tensor in (got, exact)), strict=True)
+    error = math.hypot(*(float(((one.double() - other) @ probe).norm()) for one, other in blocks))
+    independent = float(exact.norm() * probe.norm()) / math.sqrt(max(1, exact.shape[1]))
+    accumulated = largest_error(exact, torch.float32, operands=operands, terms=terms)
+    bound = (rho + _few(dtype, seen.numel())) * independent + accumulated * float(seen.norm())
+    return [] if error <= bound else [f"{name}: error {error:.3g} above the bound {bound:.3g}"]
+
+
+def _block_rows(tensor: Tensor) -> int:
+    return max(1, BLOCK_ELEMENTS * len(tensor) // max(1, tensor.numel()))
+
+
+def _few(dtype: torch.dtype, elements: int) -> float:
+    """What a 16-bit result of few elements may be off beyond its average."""
+    return torch.finfo(dtype).eps / math.sqrt(max(elements, 1))
 
 
 def error_bound(plain_error: float, dtype: torch.dtype, elements: int) -> float:
