@@ -98,22 +98,27 @@ def structured_deviations(
     terms: int,
     roundings: int = 1,
 ) -> list[str]:
-    """A line where the error of a 16-bit got [M, N] has a structure, seen through probe [N, r].
+    """A line where the error of a 16-bit got [M, N] has a structure, seen through probe [N, r] in float64.
 
-    What a dropped low part of a factor leaves behind is no larger than the rounding of the result, and passes
-    `deviations` where two roundings may. But roundings of different elements are independent, so that
-    |(got - exact)·probe| is about rho·sqrt(roundings)·|exact|·|probe| / sqrt(N), which is sqrt(N / r) below
-    what an error along the probe makes of it: the bound is that of `largest_error` times |exact|·|probe| /
-    sqrt(N), for M·r sums, and what float32 accumulation may add to exact·probe itself. The rows of exact, and
-    its columns, must differ, as those of random problems do.
+    The low part of a factor, dropped, changes a result no more than one rounding does, and passes
+    `deviations` where several are allowed. But roundings of different elements are independent. With e the
+    error of exact.to(dtype) itself, those of got put (got - exact)·probe at sqrt(roundings · sum of e_mn² ·
+    |probe_n|²), and for few sums up to five standard deviations more; an error along the probe is about
+    sqrt(N / r) above that. What float32 accumulation may add is allowed as in `largest_error`. Rows and
+    columns of exact must differ, as those of random problems do, or their errors are the same.
     """
-    rho = largest_error(exact, dtype, operands=operands, terms=terms, roundings=roundings)
-    seen = exact @ probe
-    blocks = zip(*(tensor.split(_block_rows(exact)) for tensor in (got, exact)), strict=True)
-    error = math.hypot(*(float(((one.double() - other) @ probe).norm()) for one, other in blocks))
-    independent = float(exact.norm() * probe.norm()) / math.sqrt(max(1, exact.shape[1]))
+    seen_squares = error_squares = independent_squares = 0.0
+    weights = probe.square().sum(1)
+    for one, right in zip(*(tensor.split(_block_rows(exact)) for tensor in (got, exact)), strict=True):
+        seen_squares += float((right @ probe).square().sum())
+        error_squares += float(((one.double() - right) @ probe).square().sum())
+        independent_squares += float(((right.to(dtype).double() - right).square() @ weights).sum())
+    # as many as the probe has directions of about its largest: its columns need not differ
+    directions = float(weights.sum() / torch.linalg.matrix_norm(probe, 2).square().clamp(min=1e-300))
+    sums = max(1.0, len(exact) * directions)
+    independent = math.sqrt(independent_squares) * (1.1 + 5 / math.sqrt(sums)) * math.sqrt(roundings)
     accumulated = largest_error(exact, torch.float32, operands=operands, terms=terms)
-    bound = (rho + _few(dtype, seen.numel())) * independent + accumulated * float(seen.norm())
+    error, bound = math.sqrt(error_squares), independent + accumulated * math.sqrt(seen_squares)
     return [] if error <= bound else [f"{name}: error {error:.3g} above the bound {bound:.3g}"]
 
 
