@@ -149,19 +149,18 @@ def failures(
     has it.
     """
     exact = exact or exact_results(problem, multiplier)
-    rule = rules(problem, roundings)
+    # what update there is in y and dx, from the right and from the left
+    factors = {"y": (problem.lora_b, exact.s), "dx": (problem.lora_a.T, exact.ds)}
     lines = []
-    for name, got, right in zip(RESULTS, results, exact.results, strict=True):
-        lines += deviations(name, got, right, **rule[name])
-    if lines or problem.x.dtype.itemsize != 2:
-        return lines
-    for name, index, right_factor, left_factor in (
-        ("y", 0, problem.lora_b, exact.s),
-        ("dx", 1, problem.lora_a.T, exact.ds),
+    for (name, rule), got, right in zip(
+        rules(problem, roundings).items(), results, exact.results, strict=True
     ):
-        got, right = results[index], exact.results[index]
-        lines += structured_deviations(f"{name} (update)", got, right, right_factor.double(), **rule[name])
-        lines += structured_deviations(f"{name} (update)", got.T, right.T, left_factor, **rule[name])
+        found = deviations(name, got, right, **rule)
+        if not found and got.dtype.itemsize == 2 and name in factors:
+            from_right, from_left = (factor.double() for factor in factors[name])
+            found += structured_deviations(f"{name} (update)", got, right, from_right, **rule)
+            found += structured_deviations(f"{name} (update)", got.T, right.T, from_left, **rule)
+        lines += found
     return lines
 
 
