@@ -84,6 +84,12 @@ def test_a_frozen_weight_of_zeros_leaves_an_update():
     assert problem.lora_b.norm() > 1
 
 
+def test_float16_holds_the_gradients_of_a_long_batch():
+    weight = torch.ones(4096, 64, dtype=torch.float16)
+    problem = check.random_problem(2**14, weight, 8, torch.float16, scale=4.0)
+    assert all(right.abs().max() < 2**14 for right in check.exact_results(problem).results)
+
+
 def test_relative_error_widens_some_rows_at_a_time(monkeypatch):
     exact = torch.randn(1000, 30, dtype=torch.float64)
     got = exact.bfloat16()

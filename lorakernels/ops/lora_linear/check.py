@@ -61,11 +61,11 @@ def random_problem(
 ) -> Problem:
     """Normal x [M, K], dy [M, N], bias and adapters of rank r around weight [N, K], none of them negligible.
 
-    With the weight's root mean square w, x·Wᵀ has w·sqrt(K), dy·W has w·sqrt(N), and the bias is as large as
-    the former. The update has scale·sqrt(r)·b in y for A of 1 / sqrt(K) and B of b, and scale·sqrt(r)·b·
-    sqrt(N / K) in dx: b = UPDATE_SHARE·w·sqrt(K) / (scale·sqrt(r)) makes it UPDATE_SHARE times the product
-    with the weight in both, so that a fault of either part or of the bias shows. The global random state is
-    left alone.
+    In root mean squares, for a weight of w: x is 1, x·Wᵀ and the bias are w·sqrt(K); dy is 1 / sqrt(N), so
+    that float16 holds the gradients of a long batch, and dy·W is w. With A of 1 / sqrt(K) and B of b the
+    update is scale·sqrt(r)·b in y and scale·sqrt(r / K)·b in dx: b = UPDATE_SHARE·w·sqrt(K) / (scale·sqrt(r))
+    makes it UPDATE_SHARE times the product with the weight in both, so that a fault of either part or of the
+    bias shows. The global random state is left alone.
     """
     (n, k), device = weight.shape, weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -81,7 +81,7 @@ def random_problem(
         bias=normal(n, size=frozen) if bias else None,
         lora_a=normal(r, k, size=1 / math.sqrt(k), dtype=adapter_dtype),
         lora_b=normal(n, r, size=UPDATE_SHARE * frozen / (abs(scale) * math.sqrt(r)), dtype=adapter_dtype),
-        dy=normal(m, n),
+        dy=normal(m, n, size=1 / math.sqrt(n)),
         scale=scale,
     )
 
