@@ -1,7 +1,7 @@
 """How right an implementation of the LoRA linear is, against the plain expression in float64.
 
-The bounds are those of `lorakernels.tolerance`, each sum as long as the chain of sums behind it: y adds up K
-products and r of S, dx N and r of dS, dA M products with dS, itself a sum of N, and dB M with S, a sum of K.
+The bounds are those of `lorakernels.tolerance`. A sum counts with the sums that its terms are made of: K + r
+terms for y, N + r for dx, M + N for dA, whose dS are sums of N, and M + K for dB, whose S are sums of K.
 The tests, the benchmarks and the self-check before an implementation is first used all ask here.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorakernels.ops.lora_linear.reference import plain_lora_linear
+from lorakernels.ops.lora_linear.reference import plain_lora_linear, wide_dtype
 from lorakernels.tolerance import deviations, structured_deviations
 
 RESULTS = ("y", "dx", "dA", "dB")
 EXACT_ROWS = 2048
-# The update in y and dx over the frozen part. With two roundings of the result at most, a dropped low part of
-# the update, as large as one more, must not drown in a larger frozen part.
+# The update over x·Wᵀ and over dy·W. A dropped low part of a factor adds as much to the squared error of one
+# rounding as the update has of the result's square: two thirds or more, where the rule allows a fifth.
 UPDATE_SHARE = 2.0
 
 
@@ -69,7 +69,8 @@ def random_problem(
     """
     (n, k), device = weight.shape, weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    frozen = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)) / math.sqrt(n) or 1.0
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=wide_dtype(weight.dtype))
+    frozen = float(norm) / math.sqrt(n) or 1.0
 
     def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = weight.dtype) -> Tensor:
         values = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
