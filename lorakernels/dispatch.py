@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -42,6 +43,8 @@ ROUNDS = 7
 # The machine is busy where half of a candidate's times exceed its best by this factor and by so many seconds:
 # it gets more rounds, to find a quiet moment.
 BUSY, BUSY_SECONDS, MOST_ROUNDS = 1.2, 2e-4, 21
+# Characters of an exception's text in a warning or an error, which are one line each.
+REASON_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a problem: the winner, the milliseconds of each, and why others were dropped."""
+    """What was chosen for a problem: the winner, the milliseconds of each, and why others were dropped.
+
+    Where nothing was timed, there are no milliseconds: a sole candidate, or the reference in place of all.
+    """
 
     winner: str
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -298,7 +304,7 @@ class _Examination:
             self.failed.add(one.name)
             if _is_out_of_memory(error):
                 self.out_of_memory.add(one.name)
-            self.dropped[one.name] = f"{type(error).__name__}: {error}"
+            self.dropped[one.name] = f"{type(error).__name__}: {textwrap.shorten(str(error), REASON_LENGTH)}"
             return None
 
 
@@ -347,14 +353,16 @@ def _last_resort(
     """The reference in place of candidates that all failed."""
     dropped = examination.dropped
     if reference is not None and examination.passes(reference):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
-        _warn(problem, reference.name, f"the plain {reference.name} computes {problem}: {reasons}")
+        _warn(problem, reference.name, f"the plain {reference.name} computes {problem}: {_reasons(dropped)}")
         return _Outcome(Choice(reference.name, {}, dropped), out_of_memory=bool(examination.out_of_memory))
     last = reference or candidates[0]
     if last.name in examination.out_of_memory:
         return _unchecked(problem, last)
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
-    raise RuntimeError(f"lorakernels: nothing computes {problem} right: {reasons}")
+    raise RuntimeError(f"lorakernels: no implementation of {problem} is right: {_reasons(dropped)}")
+
+
+def _reasons(dropped: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
 
 
 def _unchecked(problem: str, one: Implementation) -> _Outcome:

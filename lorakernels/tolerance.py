@@ -40,6 +40,8 @@ def largest_error(
     A 16-bit result is one rounding away at best: with rho the error of ``exact.to(dtype)`` itself,
     independent roundings add up to sqrt(roundings) · rho, and a tenth more is allowed, with
     eps / sqrt(elements) for results of a few elements. Everything else in it is accumulated in float32.
+    Measured for a LoRA linear whose vendor GEMM is rounded before the update is added, in bfloat16: y 0.0024
+    on an H200, which is 1.45 rho; 1.10 to 1.15 rho on a CPU.
 
     A float32 result of 16-bit operands has the exact products of these, but tensor cores add with fewer bits
     than IEEE float32 and truncate: 2^-16 + terms · 2^-28. Measured on an H200 at 8,192 and 6,144 terms:
