@@ -3,10 +3,15 @@
 The first time a problem appears (device, dtypes, shape bucket, rank), every candidate is checked against the
 operator's definition on that very problem and timed, in rounds that time each candidate once; its best time
 counts, which other work on the machine lengthens least. The first candidate is the baseline: another one
-takes its place only when it is at least 3% faster. One that is wrong or fails is dropped with a warning. The
-winner is kept in memory, on disk under the versions it was measured with, and in whatever the caller makes of
-choices(); a run that hands it back to use_choices() computes the same bits again. What was measured while the
-machine was busy stays off the disk, or every later process would inherit it.
+takes its place only when it is at least 3% faster. One that is wrong or cannot be run is dropped with a
+warning. Where none is left, the plain reference is checked and used, untimed; where that fails too, there is
+an error. A sole candidate is checked in the same way, and so is a forced one, which nothing replaces.
+
+The winner is kept in memory and in whatever the caller makes of choices(); a run that hands it back to
+use_choices() computes the same bits again. On disk, under the versions it was measured with, it is kept only
+where every candidate could be run and the machine was quiet, or every later process would inherit a busy
+moment or a failure. What ran out of memory is not kept at all: another implementation stands in for the call,
+and later calls try again.
 
 LORAKERNELS_BACKEND forces an implementation wherever backend="auto" is asked for, by its whole name or the
 part before the colon. LORAKERNELS_CACHE_DIR moves the file on disk. Nothing is measured while a CUDA graph is
@@ -19,6 +24,7 @@ import hashlib
 import json
 import os
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -37,20 +43,29 @@ ROUNDS = 7
 # The machine is busy where half of a candidate's times exceed its best by this factor and by so many seconds:
 # it gets more rounds, to find a quiet moment.
 BUSY, BUSY_SECONDS, MOST_ROUNDS = 1.2, 2e-4, 21
+# Characters of an exception's text in a warning or an error, which are one line each.
+REASON_LENGTH = 300
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operator; backward must understand what its own forward saved."""
+    """One way to compute an operator; backward must understand what its own forward saved.
+
+    roundings: how often a 16-bit result, or what it is a sum of, is rounded on its way; see `tolerance`.
+    """
 
     name: str
     forward: Callable
     backward: Callable
+    roundings: int = field(default=1, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a problem: the winner, the milliseconds of each, and why others were dropped."""
+    """What was chosen for a problem: the winner, the milliseconds of each, and why others were dropped.
+
+    Where nothing was timed, there are no milliseconds: a sole candidate, or the reference in place of all.
+    """
 
     winner: str
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -69,8 +84,28 @@ class Trial(Protocol):
         """What is wrong with the implementation's results; empty where they are right."""
 
 
-# problem -> Choice, of this process; the one piece of state in the package
+@dataclass
+class _StandIn:
+    """Who computes a problem whose check ran out of memory, and for how many further calls."""
+
+    name: str
+    wait: int
+    left: int
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a measurement found, and whether it may be kept on disk, or not even in memory."""
+
+    choice: Choice
+    durable: bool = False
+    out_of_memory: bool = False
+
+
+# the state of this process, by problem; warnings also by what they are about
 _choices: dict[str, Choice] = {}
+_stand_ins: dict[str, _StandIn] = {}
+_warned: set[tuple[str, str]] = set()
 _lock = threading.Lock()
 
 
@@ -79,30 +114,45 @@ def choose(
     candidates: Sequence[Implementation],
     make_trial: Callable[[], Trial],
     margin: float = MARGIN,
+    *,
+    reference: Implementation | None = None,
+    retry: bool = True,
 ) -> Implementation:
     """The candidate to compute problem with: the first one, unless another takes at most margin of its time.
 
     problem names everything the choice may depend on, the device included. make_trial is called, in a thread
-    of its own, if the problem is new; where it cannot be measured now, the baseline stands in and nothing is
+    of its own, if the problem is new; while a CUDA graph is captured the baseline stands in and nothing is
     remembered.
+
+    Args:
+        reference: what computes the problem where no candidate is right; None where nothing may, since the
+            caller asked for these candidates.
+        retry: whether later calls may take another implementation than one that ran out of memory.
+
+    Raises:
+        RuntimeError: no candidate is right, nor is the reference.
     """
-    if len(candidates) == 1:
-        return candidates[0]
-    winner = _winner(_choices.get(problem), candidates)
+    known = candidates if reference is None else (*candidates, reference)
+    winner = _winner(_choices.get(problem), known)
     if winner is not None:
         return winner
     if _capturing():
         return candidates[0]
     with _lock:
+        if (stand_in := _waiting(problem, known)) is not None:
+            return stand_in
         choice = _choices.get(problem) or _read_disk().get(problem)
-        winner = _winner(choice, candidates)
-        if winner is None:
-            choice, quiet = _measure_in_thread(problem, candidates, make_trial, margin)
-            if quiet:
+        if _winner(choice, known) is None:
+            outcome = _measure_in_thread(problem, candidates, reference, make_trial, margin)
+            choice = outcome.choice
+            if outcome.out_of_memory and retry:
+                _let_stand_in(problem, choice.winner)
+                return _winner(choice, known)
+            if outcome.durable:
                 _write_disk(problem, choice)
-            winner = _winner(choice, candidates)
         _choices[problem] = choice
-    return winner
+        _stand_ins.pop(problem, None)
+    return _winner(choice, known)
 
 
 def choices() -> dict[str, dict]:
@@ -125,7 +175,8 @@ def use_choices(recorded: dict[str, dict]) -> None:
 
 def forget() -> None:
     """Drop every choice of this process; the file on disk stays."""
-    _choices.clear()
+    for state in (_choices, _stand_ins, _warned):
+        state.clear()
 
 
 def report() -> str:
@@ -168,50 +219,170 @@ def _winner(choice: Choice | None, candidates: Sequence[Implementation]) -> Impl
     return None
 
 
+def _let_stand_in(problem: str, name: str) -> None:
+    """Until the next try, which comes at once, then after 1, 3, 7, ... calls: a check costs many of them."""
+    before = _stand_ins.get(problem)
+    wait = 0 if before is None else 2 * before.wait + 1
+    _stand_ins[problem] = _StandIn(name, wait, wait)
+
+
+def _waiting(problem: str, known: Sequence[Implementation]) -> Implementation | None:
+    """The stand-in for problem, None where there is none or the next try is due."""
+    stand_in = _stand_ins.get(problem)
+    if stand_in is None or stand_in.left == 0:
+        return None
+    stand_in.left -= 1
+    return _winner(Choice(stand_in.name), known)
+
+
 def _measure_in_thread(
-    problem: str, candidates: Sequence[Implementation], make_trial: Callable[[], Trial], margin: float
-) -> tuple[Choice, bool]:
+    problem: str,
+    candidates: Sequence[Implementation],
+    reference: Implementation | None,
+    make_trial: Callable[[], Trial],
+    margin: float,
+) -> _Outcome:
     # operators run with autograd switched off for the thread; the check needs it, and a fresh thread has it
+    streams = _current_streams()
+
+    def measure() -> _Outcome:
+        _follow(streams)
+        return _measure(problem, candidates, reference, make_trial, margin)
+
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(_measure, problem, candidates, make_trial, margin).result()
+        return executor.submit(measure).result()
 
 
-def _measure(
-    problem: str, candidates: Sequence[Implementation], make_trial: Callable[[], Trial], margin: float
-) -> tuple[Choice, bool]:
-    """The choice, and whether the machine was quiet enough for it to be remembered."""
-    trial = make_trial()
-    on_device = torch.cuda.device(trial.device) if trial.device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        right, rejected = [], {}
-        for candidate in candidates:
-            try:
-                wrong = trial.failures(candidate)
-            except Exception as error:
-                # a kernel that does not compile or does not fit this chip must not stop the run
-                wrong = [f"{type(error).__name__}: {error}"]
-            if wrong:
-                rejected[candidate.name] = "; ".join(wrong)
-                warnings.warn(
-                    f"lorakernels: {candidate.name} is not used for {problem}: {rejected[candidate.name]}",
-                    stacklevel=2,
-                )
-            else:
-                right.append(candidate)
-        if not right:
-            return Choice(candidates[0].name, {}, rejected), True
-        samples: dict[str, list[float]] = {candidate.name: [] for candidate in right}
+def _current_streams() -> list[torch.cuda.Stream]:
+    """The caller's stream on every CUDA device, the current device's last."""
+    if not torch.cuda.is_initialized():
+        return []
+    current = torch.cuda.current_device()
+    others = [index for index in range(torch.cuda.device_count()) if index != current]
+    return [torch.cuda.current_stream(index) for index in (*others, current)]
+
+
+def _follow(streams: list[torch.cuda.Stream]) -> None:
+    """Make this thread's work follow what its caller has queued; set_stream also sets the device."""
+    for stream in streams:
+        torch.cuda.set_stream(stream)
+
+
+class _Examination:
+    """One trial of several implementations, and why each one that did not pass is dropped."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.dropped: dict[str, str] = {}
+        self.failed: set[str] = set()
+        self.out_of_memory: set[str] = set()
+
+    def passes(self, one: Implementation) -> bool:
+        """Whether one gives right results."""
+        if wrong := self._attempt(self.trial.failures, one):
+            self.dropped[one.name] = "; ".join(wrong)
+        return one.name not in self.dropped
+
+    def seconds(self, right: Sequence[Implementation]) -> dict[str, list[float]]:
+        """The times of each, by name; those of one that fails meanwhile are left out."""
+        samples: dict[str, list[float]] = {one.name: [] for one in right}
         for done in range(MOST_ROUNDS):
             if done >= ROUNDS and not any(map(_busy, samples.values())):
                 break
-            for candidate in right:
-                samples[candidate.name].append(_time(trial, candidate))
+            for one in right:
+                if one.name in samples:
+                    samples[one.name].append(self._attempt(functools.partial(_time, self.trial), one))
+                if one.name in self.dropped:
+                    samples.pop(one.name, None)
+        return samples
+
+    def _attempt(self, action: Callable, one: Implementation):
+        try:
+            return action(one)
+        except Exception as error:
+            # a kernel that does not compile or does not fit this chip must not stop the run
+            self.failed.add(one.name)
+            if _is_out_of_memory(error):
+                self.out_of_memory.add(one.name)
+            self.dropped[one.name] = f"{type(error).__name__}: {textwrap.shorten(str(error), REASON_LENGTH)}"
+            return None
+
+
+def _measure(
+    problem: str,
+    candidates: Sequence[Implementation],
+    reference: Implementation | None,
+    make_trial: Callable[[], Trial],
+    margin: float,
+) -> _Outcome:
+    try:
+        trial = make_trial()
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _unchecked(problem, reference or candidates[0])
+    on_device = torch.cuda.device(trial.device) if trial.device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        examination = _Examination(trial)
+        right = [one for one in candidates if examination.passes(one)]
+        samples = examination.seconds(right) if len(candidates) > 1 else {}
+        right = [one for one in right if one.name not in examination.dropped]
+        if not right:
+            return _last_resort(problem, candidates, reference, examination)
+    for name, reason in examination.dropped.items():
+        _warn(problem, name, f"{name} is not used for {problem}: {reason}")
     milliseconds = {name: 1e3 * min(times) for name, times in samples.items()}
-    baseline = right[0].name
-    winner = min(milliseconds, key=milliseconds.__getitem__)
-    if milliseconds[winner] > margin * milliseconds[baseline]:
-        winner = baseline
-    return Choice(winner, milliseconds, rejected), not any(map(_busy, samples.values()))
+    winner = baseline = right[0].name
+    if samples:
+        fastest = min(milliseconds, key=milliseconds.__getitem__)
+        winner = fastest if milliseconds[fastest] <= margin * milliseconds[baseline] else baseline
+    quiet = not any(map(_busy, samples.values()))
+    return _Outcome(
+        Choice(winner, milliseconds, examination.dropped),
+        durable=bool(samples) and quiet and not examination.failed,
+        out_of_memory=bool(examination.out_of_memory),
+    )
+
+
+def _last_resort(
+    problem: str,
+    candidates: Sequence[Implementation],
+    reference: Implementation | None,
+    examination: _Examination,
+) -> _Outcome:
+    """The reference in place of candidates that all failed."""
+    dropped = examination.dropped
+    if reference is not None and examination.passes(reference):
+        _warn(problem, reference.name, f"the plain {reference.name} computes {problem}: {_reasons(dropped)}")
+        return _Outcome(Choice(reference.name, {}, dropped), out_of_memory=bool(examination.out_of_memory))
+    last = reference or candidates[0]
+    if last.name in examination.out_of_memory:
+        return _unchecked(problem, last)
+    raise RuntimeError(f"lorakernels: no implementation of {problem} is right: {_reasons(dropped)}")
+
+
+def _reasons(dropped: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
+
+
+def _unchecked(problem: str, one: Implementation) -> _Outcome:
+    """One that stands in where there is no memory for a check."""
+    _warn(problem, one.name, f"{one.name} computes {problem} unchecked: out of memory while it was checked")
+    return _Outcome(Choice(one.name), out_of_memory=True)
+
+
+def _warn(problem: str, about: str, text: str) -> None:
+    if (problem, about) not in _warned:
+        _warned.add((problem, about))
+        warnings.warn(f"lorakernels: {text}", stacklevel=2)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # the CPU's allocator, the CUDA driver and cuBLAS raise plain RuntimeErrors
+    texts = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def _busy(times: list[float]) -> bool:

@@ -168,7 +168,7 @@ class LoRALinear(nn.Module):
         """Choose the implementation for inputs of `rows` rows in all, x [..., K] in the weight's dtype, now.
 
         Without it a new problem is measured in its first forward, which under torch.compile is in the middle
-        of a compiled step. Nothing happens where there is one way only, or the choice is known.
+        of a compiled step. One way alone is checked and not timed; nothing happens where the choice is known.
         """
         x = self.weight.new_empty(rows, self.in_features)
         select(

@@ -2,10 +2,13 @@
 
 import functools
 import json
+import threading
 import time
+import warnings
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from lorakernels import cpu_gemm, dispatch, lora_linear
 from lorakernels.dispatch import Implementation
@@ -23,6 +26,8 @@ class FakeTrial:
 
     def run(self, implementation):
         seconds, _ = implementation.backward
+        if isinstance(seconds, Exception):
+            raise seconds
         time.sleep(seconds)
 
     def failures(self, implementation):
@@ -102,6 +107,138 @@ def test_a_wrong_baseline_is_replaced():
     bad, good = candidate("bad", 0.0, ["dA: inf"]), candidate("good", 0.01)
     with pytest.warns(UserWarning, match="bad is not used"):
         assert dispatch.choose("p", (bad, good), FakeTrial) is good
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20])
+@pytest.mark.parametrize("during", ["check", "measurement"])
+def test_out_of_memory_holds_for_a_call_and_warns_once(error, during, tmp_path):
+    good = candidate("good", 0.01)
+    short = candidate("fast", 0.0, error) if during == "check" else candidate("fast", error)
+    with pytest.warns(UserWarning, match="fast is not used for p") as seen:
+        assert [dispatch.choose("p", (good, short), FakeTrial) for _ in range(3)] == [good] * 3
+    assert len(seen) == 1
+    assert dispatch.choices() == {}
+    assert not (tmp_path / "choices.json").exists()
+    # the third call above took the stand-in; the next one tries again, and there is memory now
+    fast = candidate("fast", 0.0)
+    assert dispatch.choose("p", (good, fast), FakeTrial) is fast
+    assert dispatch.choices()["p"]["rejected"] == {}
+    assert (tmp_path / "choices.json").exists()
+
+
+def test_tries_become_rare_while_memory_is_short():
+    calls = []
+
+    def make_trial():
+        calls.append(len(used))
+        raise torch.OutOfMemoryError
+
+    pair, plain, used = (candidate("a", 0.0), candidate("b", 0.0)), candidate("reference", 0.0), []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            used.append(dispatch.choose("p", pair, make_trial, reference=plain))
+    assert used == [plain] * 20
+    assert calls == [0, 1, 3, 7, 15]
+    (warning,) = seen
+    assert "reference computes p unchecked: out of memory" in str(warning.message)
+
+
+def test_one_choice_holds_where_later_calls_must_agree():
+    short, plain = candidate("a", 0.0, torch.OutOfMemoryError()), candidate("reference", 0.0)
+    with pytest.warns(UserWarning, match="the plain reference computes p: a: OutOfMemoryError"):
+        assert dispatch.choose("p", (short,), FakeTrial, reference=plain, retry=False) is plain
+    assert dispatch.choose("p", (candidate("a", 0.0),), FakeTrial, reference=plain, retry=False) is plain
+    assert FakeTrial.made == 1
+
+
+@pytest.mark.parametrize("during", ["check", "measurement"])
+def test_what_does_not_compile_is_dropped_for_this_process_alone(during, tmp_path):
+    error = RuntimeError("PassManager::run failed\n" + 100 * "  some IR\n")
+    good = candidate("good", 0.01)
+    broken = candidate("fast", 0.0, error) if during == "check" else candidate("fast", error)
+    with pytest.warns(UserWarning, match="fast is not used for p: RuntimeError: PassManager") as seen:
+        assert [dispatch.choose("p", (good, broken), FakeTrial) for _ in range(3)] == [good] * 3
+    assert (len(seen), FakeTrial.made) == (1, 1)
+    assert len(str(seen[0].message)) < 400
+    assert "\n" not in str(seen[0].message)
+    assert set(dispatch.choices()["p"]["milliseconds"]) == {"good"}
+    assert not (tmp_path / "choices.json").exists()
+
+
+def test_the_plain_reference_is_the_last_candidate(tmp_path):
+    """Wrong candidates, seven as on a GPU: one warning, nothing on disk, and the reference is not timed."""
+    wrong = [candidate(f"kernel:{tile}", 0.0, ["dA: relative error 0.1"]) for tile in range(7)]
+    plain = candidate("reference", RuntimeError("timed"))
+    with pytest.warns(
+        UserWarning, match="the plain reference computes p: kernel:0: dA: .*; kernel:6: dA"
+    ) as seen:
+        assert [dispatch.choose("p", wrong, FakeTrial, reference=plain) for _ in range(3)] == [plain] * 3
+    assert (len(seen), FakeTrial.made) == (1, 1)
+    choice = dispatch.choices()["p"]
+    assert (choice["winner"], choice["milliseconds"], len(choice["rejected"])) == ("reference", {}, 7)
+    assert not (tmp_path / "choices.json").exists()
+    # a run that goes on takes it again
+    dispatch.forget()
+    dispatch.use_choices({"p": choice})
+    assert dispatch.choose("p", wrong, FakeTrial, reference=plain) is plain
+
+
+def test_a_wrong_reference_is_an_error_and_nothing_wrong_runs():
+    wrong, plain = candidate("wrong", 0.0, ["y: inf"]), candidate("reference", 0.0, ["y: 0.5"])
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"no implementation of p is right: wrong: y: inf; reference: y: 0\.5$"
+        ):
+            dispatch.choose("p", (wrong, wrong), FakeTrial, reference=plain)
+    assert dispatch.choices() == {}
+
+
+def test_a_sole_candidate_is_checked_once_and_not_timed(tmp_path):
+    sole = candidate("sole", RuntimeError("timed"))
+    assert [dispatch.choose("p", (sole,), FakeTrial) for _ in range(3)] == [sole] * 3
+    assert FakeTrial.made == 1
+    assert not (tmp_path / "choices.json").exists()
+    wrong, plain = candidate("wrong", 0.0, ["y: 0.5"]), candidate("reference", 0.0)
+    with pytest.raises(RuntimeError, match=r"no implementation of q is right: wrong: y: 0\.5$"):
+        dispatch.choose("q", (wrong,), FakeTrial)
+    with pytest.warns(UserWarning, match="the plain reference computes q: wrong: y: 0.5"):
+        assert dispatch.choose("q", (wrong,), FakeTrial, reference=plain) is plain
+
+
+def test_measuring_follows_the_streams_of_the_caller(monkeypatch):
+    followed = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda index: (f"stream of {index}", threading.get_ident())
+    )
+    monkeypatch.setattr(
+        torch.cuda, "set_stream", lambda stream: followed.append((stream, threading.get_ident()))
+    )
+
+    def make_trial():
+        # the current device's stream comes last, since set_stream sets the device too
+        streams, threads = zip(*followed, strict=True)
+        here = threading.get_ident()
+        assert streams == tuple((f"stream of {index}", caller) for index in (0, 2, 1))
+        assert set(threads) == {here}
+        assert here != caller
+        return FakeTrial()
+
+    caller = threading.get_ident()
+    dispatch.choose("p", (candidate("a", 0.0), candidate("b", 0.0)), make_trial)
+    assert len(followed) == 3
 
 
 def test_a_recorded_choice_is_repeated_without_measuring():
@@ -207,6 +344,85 @@ def test_a_wrong_lora_linear_is_caught_by_the_self_check(every_size, monkeypatch
         UserWarning, match="broken is not used for lora_linear .*y: relative error.*dB: relative"
     ):
         lora_linear(*bfloat16_arguments())
+
+
+def broken_y(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
+    return aten.forward_wide(x, weight, bias, lora_a, lora_b, 2 * scale, dropout_p, seed)
+
+
+def test_a_forced_backend_is_checked_once(every_size, monkeypatch):
+    checked = []
+    failures = implementations._Trial.failures
+    monkeypatch.setattr(
+        implementations._Trial, "failures", lambda *both: checked.append(both[1].name) or failures(*both)
+    )
+    for _ in range(2):
+        lora_linear(*bfloat16_arguments(), backend="aten")
+    assert checked == ["aten"]
+    monkeypatch.setattr(implementations, "ATEN", Implementation("aten", broken_y, aten.backward_wide))
+    dispatch.forget()
+    with pytest.raises(
+        RuntimeError, match=r"^lorakernels: no implementation of lora_linear .* is right: aten: y: rel.*$"
+    ):
+        lora_linear(*bfloat16_arguments(), backend="aten")
+
+
+def test_a_wrong_sole_candidate_gives_way_to_the_reference(every_size, monkeypatch):
+    broken = Implementation("broken", broken_y, aten.backward_wide)
+    monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: (broken,))
+    arguments = bfloat16_arguments()
+    with pytest.warns(UserWarning, match="the plain reference computes lora_linear .*: broken: y: relative"):
+        y = lora_linear(*arguments)
+    assert torch.equal(y, lora_linear(*arguments, backend="reference"))
+
+
+def test_a_dropped_bias_is_seen_though_the_layers_own_is_zero(every_size, monkeypatch):
+    def forward(x, weight, bias, *rest):
+        return aten.forward(x, weight, None, *rest)
+
+    broken = Implementation("broken", forward, aten.backward, roundings=2)
+    monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: (broken,))
+    x, weight, bias, *rest = bfloat16_arguments()
+    with pytest.warns(UserWarning, match="broken: y: relative error"):
+        lora_linear(x, weight, torch.zeros_like(bias), *rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_linear(x, weight, None, *rest)
+
+
+def test_few_sums_are_checked_among_more(every_size):
+    """M = 1 and r = 1: the gradients are multiples of one sum, which may cancel to nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(100, 140):
+            weight, lora_b = torch.randn(150, k), torch.randn(150, 1)
+            lora_linear(torch.randn(1, k), weight, None, torch.randn(1, k), lora_b, 1.0, backend="aten")
+
+
+@pytest.fixture
+def own_precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_the_choice_depends_on_tf32_where_it_may_be_used(monkeypatch, own_precision):
+    problems = []
+
+    def choose(problem, candidates, *_, **__):
+        problems.append(problem)
+        return candidates[0]
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: (implementations.ATEN,) * 2)
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.empty(4, 8, device="cuda", dtype=dtype)
+            for precision in ("highest", "high"):
+                torch.set_float32_matmul_precision(precision)
+                implementations.select(x, x, None, x, 1.0, 0.0, "auto")
+    assert [", TF32" in problem for problem in problems] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["reference", "aten", "aten-wide", "triton"])

@@ -80,14 +80,15 @@ def test_autocast(backend, dtype, device):
         y = layer(x)
         assert y.dtype == dtype
         # inside autocast on purpose: it must not reach into the operator's own products
-        y.backward(torch.ones_like(y))
+        dy = torch.randn_like(y)
+        y.backward(dy)
     assert (x.grad.dtype, layer.lora_a.grad.dtype) == (torch.float32, torch.float32)
     inside = check.Problem(
-        x.detach().to(dtype), layer.weight.to(dtype), layer.bias.to(dtype), layer.lora_a, layer.lora_b,
-        torch.ones_like(y), layer.scale,
+        x.detach().to(dtype), layer.weight.to(dtype), layer.bias.to(dtype), layer.lora_a.detach(),
+        layer.lora_b.detach(), dy, layer.scale,
     )  # fmt: skip
     results = [y.detach(), x.grad.to(dtype), layer.lora_a.grad, layer.lora_b.grad]
-    assert check.failures(results, inside) == []
+    assert check.failures(results, inside, roundings=2 if backend == "aten" else 1) == []
 
 
 def test_autocast_leaves_float64_alone(device):
@@ -128,7 +129,7 @@ def test_checkpointing_replays_the_same_mask(dropout_p, compiler, device):
 @pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
 @pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b", "x lora_b", "lora_a lora_b"])
 def test_only_wanted_gradients_are_computed(backend, wanted, device):
-    problem = check.random_problem(10, torch.randn(30, 20, device=device), None, 4, torch.float32)
+    problem = check.random_problem(10, torch.randn(30, 20, device=device), 4, torch.float32, bias=False)
     expected = dict(zip(check.RESULTS, check.plain_results(problem), strict=True))
     x, weight, bias, lora_a, lora_b = (None if t is None else t.detach().clone() for t in problem.inputs)
     leaves = {"x": x, "lora_a": lora_a, "lora_b": lora_b}

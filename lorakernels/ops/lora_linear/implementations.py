@@ -10,8 +10,12 @@ from lorakernels import cpu_gemm, dispatch
 from lorakernels.dispatch import Implementation
 from lorakernels.ops.lora_linear import aten, check, onednn, reference
 
+# One sum may cancel to nothing, and no rule holds for it: a check has at least so many of S and dS.
+CHECKED_SUMS = 16
+
 REFERENCE = Implementation("reference", reference.forward, reference.backward)
-ATEN = Implementation("aten", aten.forward, aten.backward)
+# the vendor's product is rounded before the update is added to it
+ATEN = Implementation("aten", aten.forward, aten.backward, roundings=2)
 ATEN_WIDE = Implementation("aten-wide", aten.forward_wide, aten.backward_wide)
 ONEDNN = Implementation("onednn", onednn.forward, onednn.backward)
 
@@ -59,8 +63,10 @@ def select(
     # an empty sum or result needs no kernel, and GPU grids cannot be empty
     if x.numel() == 0 or weight.numel() == 0:
         return ATEN if backend != "reference" else REFERENCE
-    chosen = candidates(x, dropout_p) if backend == "auto" else _named(x, dropout_p, backend)
-    if len(chosen) == 1 or (x.is_cpu and not cpu_gemm.is_large(x.shape[0], weight)):
+    forced = backend != "auto"
+    chosen = _named(x, dropout_p, backend) if forced else candidates(x, dropout_p)
+    # a small product on a CPU is over long before a check of it would be
+    if x.is_cpu and not cpu_gemm.is_large(x.shape[0], weight):
         return chosen[0]
     rank = lora_a.shape[0]
     problem = _problem(
@@ -71,11 +77,18 @@ def select(
         *weight.shape,
         rank,
         weight.stride(1) != 1,
+        bias is not None,
         dropout_p > 0,
+        x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         backend,
     )
-    trial = functools.partial(_Trial, x.shape[0], weight, bias, rank, lora_a.dtype, scale, dropout_p)
-    return dispatch.choose(problem, chosen, trial)
+    trial = functools.partial(
+        _Trial, x.shape[0], weight, bias is not None, rank, lora_a.dtype, scale, dropout_p
+    )
+    # with dropout a backward needs the kind of mask that its forward had, for good
+    return dispatch.choose(
+        problem, chosen, trial, reference=None if forced else REFERENCE, retry=not dropout_p
+    )
 
 
 @functools.lru_cache
@@ -88,25 +101,28 @@ def _problem(
     k: int,
     rank: int,
     by_columns: bool,
+    bias: bool,
     dropout: bool,
+    tf32: bool,
     backend: str,
 ) -> str:
     """What `dispatch` remembers a choice under; kept, since every forward and backward asks for it."""
     return (
         f"lora_linear on {device}, {dispatch.dtype_name(dtype)} with {dispatch.dtype_name(adapter_dtype)} "
         f"adapters, M<={rows} N={n} K={k} r={rank}{', weight stored by columns' if by_columns else ''}"
-        f"{', dropout' if dropout else ''}{'' if backend == 'auto' else f', {backend} only'}"
+        f"{'' if bias else ', no bias'}{', dropout' if dropout else ''}{', TF32' if tf32 else ''}"
+        f"{'' if backend == 'auto' else f', {backend} only'}"
     )
 
 
 class _Trial:
-    """The problem at hand with its own weight; inputs and adapters are random, for a new lora_b is zero."""
+    """The problem at hand with its own weight; the rest is random, for a new lora_b and bias are zero."""
 
     def __init__(
         self,
         m: int,
         weight: Tensor,
-        bias: Tensor | None,
+        bias: bool,
         rank: int,
         adapter_dtype: torch.dtype,
         scale: float,
@@ -114,9 +130,12 @@ class _Trial:
     ) -> None:
         self.device = weight.device
         self.dropout_p = dropout_p
-        self.problem = check.random_problem(
-            m, weight, bias, rank, adapter_dtype, scale=scale if scale else 1.0
-        )
+        make = functools.partial(
+            check.random_problem, weight=weight, r=rank, adapter_dtype=adapter_dtype, bias=bias,
+            scale=scale if scale else 1.0,
+        )  # fmt: skip
+        self.problem = make(m)
+        self.checked = self.problem if m * rank >= CHECKED_SUMS else make(-(-CHECKED_SUMS // rank))
         self.seed = torch.ones(1, dtype=torch.int64, device=self.device)
 
     def run(self, implementation: Implementation) -> None:
@@ -125,8 +144,13 @@ class _Trial:
         )
 
     def failures(self, implementation: Implementation) -> list[str]:
-        results = check.run_results(implementation.forward, implementation.backward, self.problem)
-        return check.failures(results, self.problem)
+        results = check.run_results(implementation.forward, implementation.backward, self.checked)
+        return check.failures(results, self.checked, roundings=implementation.roundings, exact=self._exact)
+
+    @functools.cached_property
+    def _exact(self) -> check.Exact:
+        """Made once for all candidates: float64 is slow on most GPUs."""
+        return check.exact_results(self.checked)
 
 
 @functools.cache
