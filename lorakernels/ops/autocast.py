@@ -1,8 +1,9 @@
 """What autocast means for every operator here: its arguments are cast on entry, its own products are not.
 
 A public function hands its tensors to `cast_for_autocast`, which casts them as autocast casts those of
-torch's own matrix products. The bodies of the operators, forward and backward, are decorated with `without_autocast`:
-autocast stays enabled inside an operator, and would round the float32 products there to 16 bits.
+torch's own matrix products. The bodies of the operators, forward and backward, are decorated with
+`without_autocast`: autocast stays enabled inside an operator, and would round the float32 products there to
+16 bits.
 """
 
 import functools
