@@ -59,7 +59,7 @@ def assert_close(got: list[torch.Tensor], exact: list[torch.Tensor], bound: floa
 @settings(max_examples=40, **REPEATABLE)
 @given(
     chosen=st.fixed_dictionaries(
-        {name: layouts for name in ("x", "weight", "bias", "lora_a", "lora_b", "dy", "s", "seed")}
+        dict.fromkeys(("x", "weight", "bias", "lora_a", "lora_b", "dy", "s", "seed"), layouts)
     ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), dropout_p=st.sampled_from([0.0, 0.5]),
 )  # fmt: skip
@@ -111,7 +111,7 @@ def test_a_bias_of_the_public_function(backend, layout, device):
 @pytest.mark.parametrize("widens", [False, True])
 @pytest.mark.parametrize("gemm", [cpu_gemm.BLAS, cpu_gemm.ONEDNN], ids=["BLAS", "oneDNN"])
 @settings(max_examples=20, **REPEATABLE)
-@given(chosen=st.fixed_dictionaries({name: layouts for name in ("x", "weight", "bias", "dy")}))
+@given(chosen=st.fixed_dictionaries(dict.fromkeys(("x", "weight", "bias", "dy"), layouts)))
 def test_frozen_linear(gemm, widens, gelu, chosen, choose_gemm):
     choose_gemm(widens, gemm)
     dtype = torch.bfloat16 if widens else torch.float32

@@ -131,7 +131,7 @@ def weight_gradient(
     rows, vocabulary = len(hidden), len(weight)
     columns = min(vocabulary, _fitting(rows * hidden.element_size()))
     labels, statistics, row_gradient = (one.contiguous() for one in (labels, statistics, row_gradient))
-    label_gradient = torch.expm1(-losses).contiguous()
+    label_gradient = torch.expm1(-losses)
     result = torch.empty_like(weight)
     with torch.cuda.device_of(hidden):
         buffer = _aligned(rows, columns, hidden)
