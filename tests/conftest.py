@@ -1,4 +1,4 @@
-"""Triton's interpreter where there is no GPU and TRITON_INTERPRET is not set, before anything imports Triton."""
+"""Triton's interpreter, unless there is a GPU or TRITON_INTERPRET is set; before anything imports Triton."""
 
 import os
 
