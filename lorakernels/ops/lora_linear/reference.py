@@ -35,18 +35,18 @@ def keep_mask(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor
     int64 arithmetic on the device: nothing waits for the seed's value, and the bits are those that the Triton
     kernels make (`kernels.dropout_keep`).
     """
-    mask = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     counters = -(-columns // 4)
+    mask = torch.empty(rows, counters, 4, dtype=torch.bool, device=seed.device)
+    groups = torch.arange(counters, device=seed.device)
     # on a CPU as many counters at a time as stay in the cache; elsewhere the fewest launches
     block_rows = max(1, CPU_COUNTERS // max(1, counters)) if seed.is_cpu else max(1, rows)
     # words have 32 bits, of which the upper 24 are compared with the probability in float32
     threshold = math.ceil(ctypes.c_float(dropout_p).value * 2**24) << 8
     for first in range(0, rows, block_rows):
         block = mask[first : first + block_rows]
-        words = _philox(seed, torch.arange(counters, device=seed.device), first, len(block))
-        kept = torch.stack([word >= threshold for word in words], dim=-1)  # [block rows, counters, 4]
-        block.copy_(kept.flatten(1)[:, :columns])
-    return mask
+        for index, word in enumerate(_philox(seed, groups, first, len(block))):
+            torch.ge(word, threshold, out=block[:, :, index])
+    return mask.flatten(1)[:, :columns]
 
 
 def _philox(seed: Tensor, groups: Tensor, first_row: int, rows: int) -> tuple[Tensor, ...]:
