@@ -1,9 +1,9 @@
-"""Triton's interpreter where there is no GPU, switched on before anything imports Triton."""
+"""Triton's interpreter, unless there is a GPU or TRITON_INTERPRET is set; before anything imports Triton."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    # Triton's own functions look at it when it is first imported, kernels when they are decorated.
-    os.environ["TRITON_INTERPRET"] = "1"
+    # Triton's own functions look at it when it is first imported, kernels when they are decorated
+    os.environ.setdefault("TRITON_INTERPRET", "1")

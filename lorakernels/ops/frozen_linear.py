@@ -10,6 +10,7 @@ from torch.nn.functional import gelu as torch_gelu
 from torch.nn.functional import linear
 
 from lorakernels import cpu_gemm
+from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 
 # of gelu(x) at a time: stays in the cache, and long enough for full GEMM speed at BLOOM's widths
 BLOCK_BYTES = 4 * 2**20
@@ -22,14 +23,14 @@ def frozen_linear(
 
     x [..., K], weight [N, K], bias [N] or None, of one floating dtype; returns [..., N] of that dtype. gelu
     is the tanh form, 0.5·x·(1 + tanh(sqrt(2/π)·(x + 0.044715·x³))), of Hendrycks and Gimpel (2016,
-    arXiv:1606.08415). Small products, those of a GPU and those under autocast are `F.linear`'s; on a CPU the
-    faster library multiplies, and where it multiplies float32 faster than the weight's 16 bits, the weight is
-    cast block by block.
+    arXiv:1606.08415). Under autocast x, weight and bias are cast to its dtype first. Small products and
+    those of a GPU are `F.linear`'s; on a CPU the faster library multiplies, and where it multiplies float32
+    faster than the weight's 16 bits, the weight is cast block by block.
 
     Raises ValueError if weight or bias requires a gradient or the shapes do not fit, TypeError on mixed
     dtypes.
     """
-    device = x.device.type
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight: expected [N, K] for x [..., K] {list(x.shape)}, got {list(weight.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -37,17 +38,17 @@ def frozen_linear(
             continue
         if tensor.requires_grad:
             raise ValueError(f"{name}: expected a frozen tensor, got one with requires_grad=True")
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(device):
+        if tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape {[len(weight)]}, got {list(bias.shape)}")
-    simple = torch.is_autocast_enabled(device) or device != "cpu" or x.dtype == torch.float64
-    if simple or not cpu_gemm.is_large(x.shape[:-1].numel(), weight):
+    if not x.is_cpu or x.dtype == torch.float64 or not cpu_gemm.is_large(x.shape[:-1].numel(), weight):
         return linear(torch_gelu(x, approximate="tanh") if gelu else x, weight, bias)
     return _forward(x, weight, bias, gelu)
 
 
 @torch.library.custom_op("lorakernels::frozen_linear", mutates_args=(), device_types="cpu")
+@without_autocast
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
     gemm, rows = cpu_gemm.fastest(weight.dtype), x.reshape(-1, weight.shape[1])
     if not gelu:
@@ -62,6 +63,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, g
 
 
 @torch.library.custom_op("lorakernels::frozen_linear_backward", mutates_args=(), device_types="cpu")
+@without_autocast
 def _backward(dy: torch.Tensor, weight: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
     """The gradient of x; x is given where the layer had a GELU."""
     gemm, rows = cpu_gemm.fastest(weight.dtype), dy.reshape(-1, len(weight))

@@ -1,4 +1,4 @@
-"""Triton's interpreter where there is no GPU, mended for bfloat16; torch.empty poisoned with NaN."""
+"""Where kernels run, Triton's interpreter with correct bfloat16, and torch.empty filled with NaN."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
-def mend_interpreter() -> None:
+def correct_bfloat16_interpreter() -> None:
     """Make bfloat16 right under the interpreter: products of values, not of bits; casts to nearest even."""
     import numpy as np
     import triton.language as tl
@@ -18,7 +18,7 @@ def mend_interpreter() -> None:
 
     shipped_dot, shipped_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
     shipped_convert = InterpreterBuilder.create_fp_to_fp
-    if getattr(shipped_dot, "mended", False):
+    if getattr(shipped_dot, "corrected", False):
         return
 
     def widened(handle: TensorHandle) -> TensorHandle:
@@ -32,7 +32,7 @@ def mend_interpreter() -> None:
         nan = np.isnan(handle.data)
         return TensorHandle(np.where(nan, np.uint16(0x7FC0), nearest), tl.bfloat16)
 
-    def mended(handle: TensorHandle, dtype: tl.dtype) -> TensorHandle | None:
+    def corrected(handle: TensorHandle, dtype: tl.dtype) -> TensorHandle | None:
         pair = (handle.dtype.scalar, dtype.scalar)
         if pair == (tl.float32, tl.bfloat16):
             return rounded(handle)
@@ -42,14 +42,14 @@ def mend_interpreter() -> None:
         return shipped_dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     def cast_impl(self, src, dst_type):
-        own = mended(src, dst_type)
+        own = corrected(src, dst_type)
         return shipped_cast(self, src, dst_type) if own is None else own
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
-        own = mended(src, dst_type)
+        own = corrected(src, dst_type)
         return shipped_convert(self, src, dst_type, rounding_mode) if own is None else own
 
-    create_dot.mended = True
+    create_dot.corrected = True
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
@@ -57,7 +57,7 @@ def mend_interpreter() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if INTERPRETED:
-        mend_interpreter()
+        correct_bfloat16_interpreter()
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,23 @@ def one_thread() -> Iterator[None]:
 def device() -> str:
     """Where kernels run: the GPU, or the CPU under the interpreter."""
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def skip_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is neither a GPU nor the interpreter, a test is skipped at its first launch."""
+    if INTERPRETED or torch.cuda.is_available():
+        return
+    from triton.runtime.jit import JITFunction
+
+    from lorakernels.ops.lora_linear import implementations
+
+    def launch(*args, **kwargs):
+        pytest.skip("launches a Triton kernel: needs a CUDA device, or TRITON_INTERPRET=1")
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    # or backend="triton" would be refused for CPU tensors before a launch
+    monkeypatch.setattr(implementations, "_interpreting", lambda: True)
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +131,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def empty(*args, **kwargs):
         tensor = shipped(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
 
     monkeypatch.setattr(torch, "empty", empty)

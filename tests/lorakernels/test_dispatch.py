@@ -294,9 +294,9 @@ def every_size(monkeypatch):
     monkeypatch.setattr(cpu_gemm, "LARGE", 0)
 
 
-def bfloat16_arguments() -> list:
-    tensors = [torch.randn(*shape).bfloat16() for shape in ((32, 48), (64, 48), (64,))]
-    return [*tensors, torch.randn(4, 48), torch.randn(64, 4), 2.0]
+def bfloat16_arguments(device: str = "cpu") -> list:
+    tensors = [torch.randn(*shape, device=device).bfloat16() for shape in ((32, 48), (64, 48), (64,))]
+    return [*tensors, torch.randn(4, 48, device=device), torch.randn(64, 4, device=device), 2.0]
 
 
 def test_lora_linear_chooses_between_16_bit_and_wide_products(every_size):
@@ -426,7 +426,7 @@ def test_the_choice_depends_on_tf32_where_it_may_be_used(monkeypatch, own_precis
 
 
 @pytest.mark.parametrize("name", ["reference", "aten", "aten-wide", "triton"])
-def test_the_environment_forces_a_backend(name, monkeypatch):
+def test_the_environment_forces_a_backend(name, monkeypatch, device):
     monkeypatch.setenv("LORAKERNELS_BACKEND", name)
     used = []
     select = implementations.select
@@ -437,7 +437,7 @@ def test_the_environment_forces_a_backend(name, monkeypatch):
         return chosen
 
     monkeypatch.setattr("lorakernels.ops.lora_linear.select", spy)
-    lora_linear(*bfloat16_arguments())
+    lora_linear(*bfloat16_arguments(device))
     assert [one.split(":")[0] for one in used] == [name]
 
 

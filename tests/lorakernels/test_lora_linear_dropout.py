@@ -1,6 +1,7 @@
-"""Dropout: one mask for forward and backward, torch's generator as source, the statistics it promises."""
+"""Dropout: one mask for every implementation, torch's generator as source, the statistics it promises."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import triton
 import triton.language as tl
 
 from lorakernels import lora_linear
-from lorakernels.ops.lora_linear import check, implementations
+from lorakernels.ops.lora_linear import aten, check, implementations, reference
 from lorakernels.ops.lora_linear.kernels import dropout_keep
 from lorakernels.ops.lora_linear.reference import keep_mask
 
@@ -19,11 +20,11 @@ if not torch.cuda.is_available():
 
 
 @triton.jit
-def mask_kernel(mask_ptr, seed_ptr, n_rows, n_columns, dropout_p, BLOCK: tl.constexpr):
+def mask_kernel(mask_ptr, seed_ptr, first_row, n_rows, n_columns, dropout_p, BLOCK: tl.constexpr):
     first_column = tl.program_id(1) * BLOCK
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     columns = first_column + tl.arange(0, BLOCK)
-    keep = dropout_keep(seed_ptr, rows, first_column, dropout_p, BLOCK, BLOCK)
+    keep = dropout_keep(seed_ptr, first_row + rows, first_column, dropout_p, BLOCK, BLOCK)
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     tl.store(mask_ptr + rows[:, None] * n_columns + columns[None, :], keep.to(tl.int8), mask=inside)
 
@@ -33,39 +34,75 @@ def implementation(name: str, device: str) -> implementations.Implementation:
     return implementations.select(x, x, None, x, 1.0, 0.5, name)
 
 
-def mask_of(name: str, rows: int, columns: int, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
+def kernel_mask(
+    seed: torch.Tensor, rows: int, columns: int, dropout_p: float, first_row: int = 0
+) -> torch.Tensor:
     """The keep mask as the kernels make it, in tiles of another size than theirs."""
-    if name != "triton":
-        return keep_mask(seed, rows, columns, dropout_p, seed.device)
     mask = torch.zeros(rows, columns, dtype=torch.int8, device=seed.device)
     mask_kernel[(triton.cdiv(rows, 128), triton.cdiv(columns, 128))](
-        mask, seed, rows, columns, dropout_p, BLOCK=128
+        mask, seed, first_row, rows, columns, dropout_p, BLOCK=128
     )
     return mask.bool()
 
 
+@pytest.mark.parametrize("dropout_p", [1e-9, 0.1, 1 / 3, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("shape", [(150, 131), (1, 1), (3, 1000)], ids=str)
+@pytest.mark.parametrize("seed", [0, 12345678901234567, 2**63 - 1, -1])
+def test_the_mask_of_the_kernels_and_of_aten_is_one(seed, shape, dropout_p, device, monkeypatch):
+    monkeypatch.setattr(reference, "CPU_COUNTERS", 100)  # several blocks of rows
+    seed = torch.tensor([seed], device=device)
+    assert torch.equal(kernel_mask(seed, *shape, dropout_p), keep_mask(seed, *shape, dropout_p))
+
+
+def test_rows_beyond_32_bits_have_masks_of_their_own(device):
+    seed, first_row = torch.tensor([12345678901234567], device=device), 2**33 + 5
+    words = reference._philox(seed, torch.arange(20, device=device), first_row, 30)
+    kept = torch.stack([word >= 2**31 for word in words], -1).flatten(1)
+    assert torch.equal(kept, kernel_mask(seed, 30, 80, 0.5, first_row))
+    assert not torch.equal(kept, kernel_mask(seed, 30, 80, 0.5, 5))
+
+
+def test_philox_is_that_of_its_authors(monkeypatch):
+    """The known answer for zeros of Random123's kat_vectors, for philox4x32 with ten rounds."""
+    monkeypatch.setattr(reference, "PHILOX_ROUNDS", 10)
+    zero = torch.zeros(1, dtype=torch.int64)
+    words = reference._philox(zero, zero, 0, 1)
+    assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_in_aten_never_waits_for_the_device(dtype):
+    """On meta tensors whatever reads a value raises."""
+    weight = torch.empty(40, 24, dtype=dtype, device="meta")
+    x, dy = (torch.empty(10, size, dtype=dtype, device="meta") for size in (24, 40))
+    lora_a, lora_b = torch.empty(4, 24, device="meta"), torch.empty(40, 4, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    y, s = aten.forward(x, weight, None, lora_a, lora_b, 1.0, 0.5, seed)
+    gradients = aten.backward(dy, x, weight, lora_a, lora_b, s, 1.0, 0.5, seed, (True, True, True))
+    assert [t.shape for t in (y, *gradients)] == [dy.shape, x.shape, lora_a.shape, lora_b.shape]
+
+
 @pytest.mark.parametrize("shape", [(37, 50, 70, 4), (130, 65, 33, 20)], ids=str)
 @pytest.mark.parametrize(("name", "dtypes"), WAYS)
-def test_backward_uses_the_mask_of_the_forward(name, shape, dtypes, device):
+def test_forward_and_backward_use_the_mask_of_the_seed(name, shape, dtypes, device):
     m, n, k, r = shape
     dropout_p, seed = 0.4, torch.tensor([12345678901234567], device=device)
     weight = torch.randn(n, k, device=device).div(k**0.5).to(dtypes[0])
     problem = check.random_problem(m, weight, r, dtypes[1], bias=False)
     run = implementation(name, device)
     results = check.run_results(run.forward, run.backward, problem, dropout_p, seed)
-    multiplier = mask_of(name, m, k, dropout_p, seed) / (1 - dropout_p)
+    multiplier = keep_mask(seed, m, k, dropout_p) / (1 - dropout_p)
     assert check.failures(results, problem, multiplier, roundings=run.roundings) == []
     # the same results against another mask: the test can fail
-    other = mask_of(name, m, k, dropout_p, seed + 1) / (1 - dropout_p)
+    other = keep_mask(seed + 1, m, k, dropout_p) / (1 - dropout_p)
     assert [line[:2] for line in check.failures(results, problem, other)] == ["y:", "dx", "dA", "dB"]
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("name", ["aten", "triton"])
-def test_statistics_of_the_mask(name, dropout_p, device):
+def test_statistics_of_the_mask(dropout_p, device):
     rows, columns = 500, 400
     masks = [
-        mask_of(name, rows, columns, dropout_p, torch.tensor([seed], device=device)).double()
+        keep_mask(torch.tensor([seed], device=device), rows, columns, dropout_p).double()
         for seed in (1, 2, 2**62 + 3)
     ]
     deviation = (dropout_p * (1 - dropout_p)) ** 0.5
@@ -114,3 +151,14 @@ def test_mean_over_masks_is_the_value_without_dropout(backend, device):
     full = lora_linear(x, weight, None, lora_a, lora_b, 1.0, backend=backend)
     spread = dropped.view(400, 8, 24).std(0) / 400**0.5
     assert ((dropped.view(400, 8, 24).mean(0) - full).abs() < 5 * spread + 1e-6).all()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("installed", [False, True])
+def test_aten_is_a_candidate_on_a_gpu(installed, dropout_p, monkeypatch):
+    tile = implementations.Implementation("triton:tile", None, None)
+    monkeypatch.setattr(implementations, "has_triton", lambda: installed)
+    monkeypatch.setattr(implementations, "triton_implementations", lambda x, dropout_p: (tile,))
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    names = [one.name for one in implementations.candidates(on_gpu, dropout_p)]
+    assert names == ["aten", *(["triton:tile"] if installed else [])]

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+from lorakernels.installed import has_triton
+from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 from lorakernels.ops.linear_cross_entropy import aten
 
 __all__ = ["linear_cross_entropy"]
@@ -37,10 +39,7 @@ def linear_cross_entropy(
     shapes that do not fit, labels out of range and an unknown reduction.
     """
     _check(hidden, weight, labels, reduction)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-        weight = weight.to(hidden.dtype)
+    hidden, weight = cast_for_autocast(hidden, weight)
     if hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"hidden: expected float16, bfloat16, float32 or float64, got {hidden.dtype}")
     if weight.dtype != hidden.dtype:
@@ -73,7 +72,7 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, red
 
 
 def _implementation(hidden: torch.Tensor) -> ModuleType:
-    if hidden.is_cuda and hidden.dtype != torch.float64:
+    if hidden.is_cuda and hidden.dtype != torch.float64 and has_triton():
         from lorakernels.ops.linear_cross_entropy import triton
 
         return triton
@@ -104,6 +103,7 @@ def _spread(values: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tenso
 
 
 @torch.library.custom_op("lorakernels::linear_cross_entropy", mutates_args=())
+@without_autocast
 def _forward(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -115,10 +115,8 @@ def _forward(
         losses = hidden.new_zeros(rows, dtype=aten.statistics_dtype(hidden.dtype))
         unscaled = losses.new_zeros(rows if with_gradient else 0, hidden.shape[1])
         return losses, losses.new_zeros(rows, 2), unscaled
-    room = _implementation(hidden)
-    losses, statistics, gradient = room.forward(
-        _rows(hidden, index), weight, _rows(labels, index), with_gradient
-    )
+    hidden, labels = _rows(hidden, index), _rows(labels, index)
+    losses, statistics, gradient = _implementation(hidden).forward(hidden, weight, labels, with_gradient)
     losses, statistics = _spread(losses, index, rows), _spread(statistics, index, rows)
     if gradient is None:
         return losses, statistics, losses.new_empty(0, hidden.shape[1])
@@ -134,6 +132,7 @@ def _(hidden, weight, labels, ignore_index, with_gradient):
 
 
 @torch.library.custom_op("lorakernels::linear_cross_entropy_hidden_backward", mutates_args=())
+@without_autocast
 def _hidden_backward(
     row_gradient: torch.Tensor,
     unscaled: torch.Tensor,
@@ -152,6 +151,7 @@ def _(row_gradient, unscaled, labels, ignore_index, dtype):
 
 
 @torch.library.custom_op("lorakernels::linear_cross_entropy_weight_backward", mutates_args=())
+@without_autocast
 def _weight_backward(
     row_gradient: torch.Tensor,
     hidden: torch.Tensor,
@@ -166,8 +166,8 @@ def _weight_backward(
         return torch.zeros_like(weight)
     parts = (_rows(part, index) for part in (hidden, labels, losses, statistics, row_gradient))
     hidden, labels, losses, statistics, row_gradient = parts
-    room = _implementation(hidden)
-    return room.weight_gradient(hidden, weight, labels, losses, statistics, row_gradient)
+    implementation = _implementation(hidden)
+    return implementation.weight_gradient(hidden, weight, labels, losses, statistics, row_gradient)
 
 
 @_weight_backward.register_fake

@@ -10,7 +10,7 @@ digits when the model is confident.
 
 import torch
 
-from lorakernels.cpu_gemm import Gemm, fastest, product_dtype, weight_blocks
+from lorakernels.cpu_gemm import BLAS, Gemm, fastest, product_dtype, weight_blocks
 
 BUFFER_BYTES = 16 * 2**20
 COLUMNS = 4096
@@ -37,7 +37,7 @@ def forward(
     """
     rows, width = hidden.shape
     dtype = statistics_dtype(hidden.dtype)
-    compute = _product_dtype(weight)
+    gemm, compute = _products(weight)
     states = hidden.to(compute)
     maximum = states.new_full((rows, 1), torch.finfo(dtype).min, dtype=dtype)
     total = torch.zeros_like(maximum)
@@ -45,7 +45,6 @@ def forward(
     mean = states.new_zeros((rows, width) if with_gradient else (0,), dtype=dtype)
     columns = min(COLUMNS, len(weight))
     chunk = min(rows, block_rows(columns, dtype))
-    gemm = fastest(compute)
     for start, _, block in weight_blocks(weight, columns, compute):
         for first in range(0, rows, chunk):
             part = slice(first, min(first + chunk, rows))
@@ -58,7 +57,7 @@ def forward(
             total[part] = total[part].mul_(decay) + weights.sum(dim=1, keepdim=True)
             if with_gradient:
                 _accumulate(gemm, mean[part].mul_(decay), weights, block)
-            del logits, weights  # or the next block would find no room in what they held
+            del logits, weights  # so that the next block can reuse their memory
     total.clamp_(min=torch.finfo(dtype).tiny)
     odds = total.log().add_(maximum).sub_(label_logit)
     losses = torch.logaddexp(odds, torch.zeros_like(odds))
@@ -79,13 +78,12 @@ def weight_gradient(
 ) -> torch.Tensor:
     """``sum over t of row_gradient[t] · (softmax - onehot)[t]ᵀ hidden[t]``, [V, H]; logits are made again."""
     dtype = statistics_dtype(hidden.dtype)
-    compute = _product_dtype(weight)
+    gemm, compute = _products(weight)
     # A 16-bit product would be rounded for each chunk of rows: the sum over rows is taken wide.
     states, wide_states = hidden.to(compute), hidden.to(dtype)
     result = torch.empty_like(weight)
     columns = min(COLUMNS, len(weight))
     chunk = min(len(hidden), block_rows(columns, dtype))
-    gemm = fastest(compute)
     gradient_buffer = torch.empty(columns, hidden.shape[1], dtype=dtype, device=states.device)
     shift, scale = statistics[:, :1], statistics[:, 1:] * row_gradient[:, None]
     label_gradient = (torch.expm1(-losses) * row_gradient)[:, None]
@@ -102,8 +100,13 @@ def weight_gradient(
     return result
 
 
-def _product_dtype(weight: torch.Tensor) -> torch.dtype:
-    return product_dtype(weight.dtype) if weight.is_cpu else statistics_dtype(weight.dtype)
+def _products(weight: torch.Tensor) -> tuple[Gemm, torch.dtype]:
+    """Who multiplies by blocks of weight, and in which dtype."""
+    if not weight.is_cpu:
+        # torch's own products, which is what BLAS calls; in 16 bits they would round the logits
+        return BLAS, statistics_dtype(weight.dtype)
+    dtype = product_dtype(weight.dtype)
+    return fastest(dtype), dtype
 
 
 def _accumulate(gemm: Gemm, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

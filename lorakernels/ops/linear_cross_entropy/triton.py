@@ -91,29 +91,31 @@ def forward(
     """As `aten.forward`, for 16- and 32-bit inputs."""
     rows, vocabulary = len(hidden), len(weight)
     chunk = min(rows, _fitting(vocabulary * hidden.element_size()))
-    buffer = _aligned(chunk, vocabulary, hidden)
+    labels = labels.contiguous()
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     statistics = torch.empty(rows, 2, dtype=torch.float32, device=hidden.device)
     gradient = None
     if with_gradient:
         gradient = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for first in range(0, rows, chunk):
-        part = slice(first, min(first + chunk, rows))
-        logits = buffer[: part.stop - first]
-        torch.mm(hidden[part], weight.T, out=logits)
-        linear_cross_entropy_forward_kernel[(len(logits),)](
-            logits,
-            labels[part],
-            losses[part],
-            statistics[part],
-            logits.stride(0),
-            vocabulary,
-            WITH_GRADIENT=with_gradient,
-            BLOCK=_block(vocabulary),
-            num_warps=8,
-        )
-        if gradient is not None:
-            gradient[part] = _product(logits, weight)
+    with torch.cuda.device_of(hidden):
+        buffer = _aligned(chunk, vocabulary, hidden)
+        for first in range(0, rows, chunk):
+            part = slice(first, min(first + chunk, rows))
+            logits = buffer[: part.stop - first]
+            torch.mm(hidden[part], weight.T, out=logits)
+            linear_cross_entropy_forward_kernel[(len(logits),)](
+                logits,
+                labels[part],
+                losses[part],
+                statistics[part],
+                logits.stride(0),
+                vocabulary,
+                WITH_GRADIENT=with_gradient,
+                BLOCK=_block(vocabulary),
+                num_warps=8,
+            )
+            if gradient is not None:
+                gradient[part] = _product(logits, weight)
     return losses, statistics, gradient
 
 
@@ -128,31 +130,33 @@ def weight_gradient(
     """As `aten.weight_gradient`: the logits of all rows again, a block of the vocabulary at a time."""
     rows, vocabulary = len(hidden), len(weight)
     columns = min(vocabulary, _fitting(rows * hidden.element_size()))
-    result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    buffer = _aligned(rows, columns, hidden)
+    labels, statistics, row_gradient = (one.contiguous() for one in (labels, statistics, row_gradient))
     label_gradient = torch.expm1(-losses)
-    for first in range(0, vocabulary, columns):
-        block = weight[first : first + columns]
-        logits = buffer[:, : len(block)]
-        torch.mm(hidden, block.T, out=logits)
-        linear_cross_entropy_backward_kernel[(rows, triton.cdiv(len(block), _block(len(block))))](
-            logits,
-            labels,
-            statistics,
-            label_gradient,
-            row_gradient.contiguous(),
-            logits.stride(0),
-            first,
-            len(block),
-            BLOCK=_block(len(block)),
-            num_warps=8,
-        )
-        result[first : first + columns] = logits.T @ hidden
+    result = torch.empty_like(weight)
+    with torch.cuda.device_of(hidden):
+        buffer = _aligned(rows, columns, hidden)
+        for first in range(0, vocabulary, columns):
+            block = weight[first : first + columns]
+            logits = buffer[:, : len(block)]
+            torch.mm(hidden, block.T, out=logits)
+            linear_cross_entropy_backward_kernel[(rows, triton.cdiv(len(block), _block(len(block))))](
+                logits,
+                labels,
+                statistics,
+                label_gradient,
+                row_gradient,
+                logits.stride(0),
+                first,
+                len(block),
+                BLOCK=_block(len(block)),
+                num_warps=8,
+            )
+            result[first : first + columns] = logits.T @ hidden
     return result
 
 
 def _fitting(line_bytes: int) -> int:
-    """How many lines of logits fit the buffer: a multiple of 128 where there is room for so many."""
+    """How many lines of logits fit the buffer: a multiple of 128 where that many fit."""
     lines = max(1, BUFFER_BYTES // line_bytes)
     return lines - lines % 128 if lines > 128 else lines
 

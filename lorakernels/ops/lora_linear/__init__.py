@@ -5,12 +5,12 @@ activation checkpointing treat like one of torch's own. For the backward it keep
 S = s·drop(x)·Aᵀ, the dropout seed and references to the parameters: no dropped copy of x, no mask, no output.
 """
 
-import contextlib
 import math
 
 import torch
 from torch import Tensor
 
+from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 from lorakernels.ops.lora_linear.implementations import select
 from lorakernels.ops.lora_linear.reference import wide_dtype
 
@@ -39,7 +39,7 @@ def lora_linear(
         lora_b: [N, r] in lora_a's dtype.
         scale: multiplies B·A directly (PEFT's lora_alpha / r); finite.
         dropout_p: probability in [0, 1) with which the update's input elements are dropped, the rest scaled
-            by 1 / (1 - p). The mask follows torch.manual_seed; it differs between backends.
+            by 1 / (1 - p). The mask follows torch.manual_seed and is the same in every backend.
         training: False turns dropout off.
         backend: "auto" takes what was measured to be fastest here; the others force one. "triton" needs
             a GPU, or CPU tensors under TRITON_INTERPRET=1.
@@ -52,13 +52,10 @@ def lora_linear(
         ValueError: a shape, device, probability, scale or backend that does not fit, or a weight or bias that
             asks for a gradient. TypeError: a dtype that does not fit.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        # float32 adapters stay: the operator widens them exactly where 16 bits would lose their update
-        if lora_a.dtype != torch.float32:
-            lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    # float32 adapters stay: the operator widens them exactly where 16 bits would lose their update
+    if lora_a.dtype != torch.float32:
+        lora_a, lora_b = cast_for_autocast(lora_a, lora_b)
     _check_tensors(x, weight, bias, lora_a, lora_b)
     _check_options(scale, dropout_p, backend)
     y, _, _ = _forward_op(
@@ -117,6 +114,7 @@ def _shape(tensor: Tensor) -> list[int]:
 @torch.library.custom_op(
     "lorakernels::lora_linear_forward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
+@without_autocast
 def _forward_op(
     x: Tensor,
     weight: Tensor,
@@ -132,8 +130,7 @@ def _forward_op(
         seed.random_()
     rows = x.reshape(-1, x.shape[-1])
     run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
-    with _without_autocast(x.device):
-        y, s = run.forward(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    y, s = run.forward(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
     # no view, or nobody could add to y in place
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), s, seed
 
@@ -145,18 +142,12 @@ def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, backend):
     return y, s, x.new_empty(_seed_shape(dropout_p), dtype=torch.int64)
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    # autocast reaches into an operator's own products and would round S and dS to 16 bits
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _seed_shape(dropout_p: float) -> tuple[int]:
     return (1 if dropout_p else 0,)
 
 
 @torch.library.custom_op("lorakernels::lora_linear_backward", mutates_args=())
+@without_autocast
 def _backward_op(
     dy: Tensor,
     x: Tensor,
@@ -174,10 +165,7 @@ def _backward_op(
     rows = x.reshape(-1, x.shape[-1])
     dy_rows = dy.reshape(-1, dy.shape[-1])
     run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
-    with _without_autocast(x.device):
-        dx, da, db = run.backward(
-            dy_rows, rows, weight, lora_a, lora_b, s, scale, dropout_p, seed, tuple(needs)
-        )
+    dx, da, db = run.backward(dy_rows, rows, weight, lora_a, lora_b, s, scale, dropout_p, seed, tuple(needs))
     # an operator returns tensors, never None: an empty one stands for the gradient that nobody asked for
     return (
         x.new_empty(0) if dx is None else dx.view(x.shape),

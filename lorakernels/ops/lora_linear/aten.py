@@ -130,7 +130,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
         b = torch.nn.functional.pad(b, (0, -rank % CPU_COLUMNS))
     if a.dtype == wide:
         return (a @ b)[:, :rank]
-    out = torch.empty(a.shape[0], b.shape[1], dtype=wide)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=wide, device=a.device)
     for rows, block in zip(out.split(WIDEN_ROWS), a.split(WIDEN_ROWS), strict=True):
         torch.mm(block.to(wide), b, out=rows)
     return out[:, :rank]
@@ -159,7 +159,7 @@ def shrink(
     product: Product = wide_product,
 ) -> Tensor:
     """S = scale·drop(x)·Aᵀ, [M, r]."""
-    dropped = x * keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else x
+    dropped = x * keep_mask(seed, *x.shape, dropout_p) if dropout_p else x
     return product(dropped, lora_a.T) * (scale / (1 - dropout_p))
 
 
@@ -181,7 +181,7 @@ def thin_gradients(
     ds = keep = da = db = None
     if need_x or need_a:
         ds = product(dy, lora_b) * (scale / (1 - dropout_p))
-        keep = keep_mask(seed, *x.shape, dropout_p, x.device) if dropout_p else None
+        keep = keep_mask(seed, *x.shape, dropout_p) if dropout_p else None
     if need_a:
         da = product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
     if need_b:

@@ -1,13 +1,13 @@
 """The table of implementations of the LoRA linear, and the choice among them for a problem."""
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
 
 from lorakernels import cpu_gemm, dispatch
 from lorakernels.dispatch import Implementation
+from lorakernels.installed import has_triton
 from lorakernels.ops.lora_linear import aten, check, onednn, reference
 
 # One sum may cancel to nothing, and no rule holds for it: a check has at least so many of S and dS.
@@ -24,11 +24,8 @@ def candidates(x: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
     """What may compute a problem on x's device under backend="auto", the baseline first."""
     if not x.is_cuda:
         return (ATEN, ATEN_WIDE) if x.dtype.itemsize == 2 else (ATEN, *_onednn(x))
-    usable = x.dtype != torch.float64 and _has_triton()
-    tiles = triton_implementations(x, dropout_p) if usable else ()
-    # with dropout the ATen mask costs a wait for the device, and forward and backward must share one kind of
-    # mask
-    return tiles if dropout_p and tiles else (ATEN, *tiles)
+    usable = x.dtype != torch.float64 and has_triton()
+    return (ATEN, *triton_implementations(x, dropout_p)) if usable else (ATEN,)
 
 
 def triton_implementations(x: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
@@ -184,13 +181,8 @@ def _onednn(x: Tensor) -> tuple[Implementation, ...]:
     return (ONEDNN,) if x.is_cpu and x.dtype == torch.float32 and cpu_gemm.has_onednn() else ()
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _interpreting() -> bool:
-    if not _has_triton():
+    if not has_triton():
         return False
     from triton import knobs
 

@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
-# Philox rounds: seven pass every test of BigCrush, by the paper's table 2.
-PHILOX_ROUNDS = tl.constexpr(7)
+from lorakernels.ops.lora_linear import reference
+
+# as in reference.keep_mask, which makes the same mask
+PHILOX_ROUNDS = tl.constexpr(reference.PHILOX_ROUNDS)
 # Layouts of a factor in 16 bits, of up to three parts: [high | low | high] left, [high | high | low] right.
 UNPACKED, PACKED_LEFT, PACKED_RIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

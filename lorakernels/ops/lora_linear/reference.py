@@ -12,21 +12,60 @@ With S = s·drop(x)·Aᵀ and dS = s·dy·B the gradients are
 where drop' applies the forward's mask and its factor 1 / (1 - p) to the LoRA part alone.
 """
 
+import ctypes
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+# Philox4x32 (Salmon et al. 2011); by their table 2 seven rounds pass every test of BigCrush.
+PHILOX_ROUNDS = 7
+PHILOX_A, PHILOX_B = 0xD2511F53, 0xCD9E8D57
+PHILOX_KEY_A, PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
+WORD = 0xFFFFFFFF
+CPU_COUNTERS = 2**16
 
-def keep_mask(seed: Tensor, rows: int, columns: int, dropout_p: float, device: torch.device) -> Tensor:
-    """The boolean mask [rows, columns] of inputs that dropout keeps; the same seed gives the same mask.
 
-    seed is the int64 tensor [1] that the forward drew. Reading it waits for the device; the Triton kernels do
-    not.
+def keep_mask(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
+    """The boolean mask [rows, columns] of inputs that dropout keeps, on seed's device.
+
+    seed is the int64 tensor [1] that the forward drew. The mask is Philox4x32-7 (Salmon et al. 2011,
+    https://doi.org/10.1145/2063384.2063405) of (column // 4, row) under that key, four columns a counter, in
+    int64 arithmetic on the device: nothing waits for the seed's value, and the bits are those that the Triton
+    kernels make (`kernels.dropout_keep`).
     """
-    generator = torch.Generator(device).manual_seed(int(seed))
-    return torch.empty(rows, columns, dtype=torch.bool, device=device).bernoulli_(
-        1 - dropout_p, generator=generator
-    )
+    counters = -(-columns // 4)
+    mask = torch.empty(rows, counters, 4, dtype=torch.bool, device=seed.device)
+    groups = torch.arange(counters, device=seed.device)
+    # on a CPU as many counters at a time as stay in the cache; elsewhere the fewest launches
+    block_rows = max(1, CPU_COUNTERS // max(1, counters)) if seed.is_cpu else max(1, rows)
+    # words have 32 bits, of which the upper 24 are compared with the probability in float32
+    threshold = math.ceil(ctypes.c_float(dropout_p).value * 2**24) << 8
+    for first in range(0, rows, block_rows):
+        block = mask[first : first + block_rows]
+        for index, word in enumerate(_philox(seed, groups, first, len(block))):
+            torch.ge(word, threshold, out=block[:, :, index])
+    return mask.flatten(1)[:, :columns]
+
+
+def _philox(seed: Tensor, groups: Tensor, first_row: int, rows: int) -> tuple[Tensor, ...]:
+    """The four words, each [rows, groups], of Philox4x32 at the counters (group, row, row >> 32, 0).
+
+    Words are the lower 32 bits of int64: products wrap at 64 bits, which leaves all 32 upper bits of the
+    64-bit product right after the shift and mask.
+    """
+    row = torch.arange(first_row, first_row + rows, device=seed.device)[:, None]
+    key_0, key_1 = seed & WORD, (seed >> 32) & WORD
+    c0, c1, c2, c3 = groups[None], row & WORD, row >> 32, torch.zeros_like(row)
+    for _ in range(PHILOX_ROUNDS):
+        left, right = c2 * PHILOX_B, c0 * PHILOX_A
+        c0 = (left >> 32).bitwise_xor(c1).bitwise_xor_(key_0).bitwise_and_(WORD)
+        c2 = (right >> 32).bitwise_xor(c3).bitwise_xor_(key_1).bitwise_and_(WORD)
+        # their upper bits are dropped where they are used
+        c1, c3 = left, right
+        key_0, key_1 = (key_0 + PHILOX_KEY_A) & WORD, (key_1 + PHILOX_KEY_B) & WORD
+    return c0, c1 & WORD, c2, c3 & WORD
 
 
 def plain_lora_linear(
@@ -70,7 +109,7 @@ def forward(
     wide_x = x.to(wide)
     dropped = wide_x
     if dropout_p:
-        dropped = wide_x * keep_mask(seed, *x.shape, dropout_p, x.device) / (1 - dropout_p)
+        dropped = wide_x * keep_mask(seed, *x.shape, dropout_p) / (1 - dropout_p)
     s = scale * linear(dropped, lora_a.to(wide))
     frozen = linear(wide_x, weight.to(wide), None if bias is None else bias.to(wide))
     return (frozen + linear(s, lora_b.to(wide))).to(x.dtype), s
@@ -94,7 +133,7 @@ def backward(
     wide_dy = dy.to(wide)
     multiplier = 1.0
     if dropout_p:
-        multiplier = keep_mask(seed, *x.shape, dropout_p, x.device).to(wide) / (1 - dropout_p)
+        multiplier = keep_mask(seed, *x.shape, dropout_p).to(wide) / (1 - dropout_p)
     ds = scale * (wide_dy @ lora_b.to(wide))
     dx = da = db = None
     if need_x:

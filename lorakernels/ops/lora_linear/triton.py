@@ -10,8 +10,8 @@ factor goes through the 16-bit units in parts: three, which are exact, in the th
 GEMM, where high·high + low·high + high·low stand side by side in the padding of the rank, at no further trip
 for small ranks. What is rounded to 16 bits is the result alone, once.
 
-Dropout is Philox4x32-7 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) on (row, column), so
-that every kernel regenerates the mask that the forward used.
+Dropout is a function of (seed, row, column), `reference.keep_mask`, so that every kernel makes the mask that
+the forward used again.
 """
 
 from dataclasses import dataclass
@@ -125,7 +125,7 @@ def backward(
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
     need_x, need_a, need_b = needs
     dx = da = db = None
-    dy, x = _unit_columns(dy), _unit_columns(x)
+    dy, x, s = _unit_columns(dy), _unit_columns(x), _unit_columns(s)
     rank = lora_a.shape[0]
     with torch.cuda.device_of(x):
         if need_b:
@@ -275,6 +275,7 @@ def _product(
     """x·weightᵀ + bias + drop'(left·rightᵀ), [M, N]."""
     (m, k), n = x.shape, weight.shape[0]
     tile = tile or default_tile(x.dtype)
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     lora_linear_forward_kernel[grid](

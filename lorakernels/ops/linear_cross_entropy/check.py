@@ -1,0 +1,76 @@
+"""How right an implementation of `linear_cross_entropy` is, against float64."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lorakernels.ops.linear_cross_entropy.aten import statistics_dtype
+from lorakernels.tolerance import largest_error, relative_error
+
+RESULTS = ("loss", "dhidden", "dweight")
+
+
+def exact_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """The loss of each row in float64 [T], 0 where it is ignored; differentiable, holds all logits.
+
+    hidden [T, H], weight [V, H], labels [T]. With z = logsumexp(other logits) - label's logit a loss is
+    softplus(z): `F.cross_entropy` takes logsumexp(all) - label's logit, which for a confident row is the
+    difference of two nearly equal numbers, and has no digits left of a loss of 1e-17.
+    """
+    logits = hidden.double() @ weight.double().T
+    column = labels.clamp(min=0)[:, None]
+    others = logits.scatter(1, column, -torch.inf)
+    # a vocabulary of one has no others
+    lowest = others.new_full((len(others), 1), torch.finfo(torch.float64).min)
+    odds = torch.cat([others, lowest], 1).logsumexp(1) - logits.gather(1, column)[:, 0]
+    # F.softplus has a threshold above which its gradient is 1
+    losses = torch.logaddexp(odds, torch.zeros_like(odds))
+    return losses.masked_fill(labels == ignore_index, 0.0)
+
+
+def failures(
+    results: list[Tensor],
+    exact: list[Tensor],
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    width: int,
+    vocabulary: int,
+    largest_logit: float,
+    rounds_products: bool = False,
+) -> list[str]:
+    """One line for each of loss, dhidden and dweight that is further from float64 than it may be.
+
+    Args:
+        results: the loss, reduced or not, and the gradients of hidden and, if made, of weight.
+        exact: the same in float64.
+        dtype: that of hidden and weight.
+        rows, width, vocabulary: T, H and V; the sums have V terms (dweight: T), those of the logits H.
+        largest_logit: the largest absolute value among the logits.
+        rounds_products: whether logits, their gradients and products with these are made in 16 bits.
+
+    Beside what `tolerance.largest_error` allows for the sums themselves, all results move with the logits. If
+    each of these is off by at most d, the odds of any column against any other change by a factor of at most
+    exp(2 d), and with them, at most, every loss, every probability and 1 - the label's probability, since
+    softplus and the logistic function grow no faster than the exponential one. d is the largest logit times
+    its relative error: that of a sum of H terms, or half an eps where logits are rounded to 16 bits. In that
+    case the gradient of the logits, the products with it and the result are rounded too: three roundings.
+    """
+    wide = statistics_dtype(dtype)
+    of_a_logit = torch.finfo(dtype).eps / 2
+    if not rounds_products:
+        of_a_logit = largest_error(exact[0], wide, operands=dtype, terms=width)
+    through_logits = math.expm1(2 * of_a_logit * largest_logit)
+    lines = []
+    for name, got, right in zip(RESULTS[: len(exact)], results, exact, strict=True):
+        expected = wide if name == "loss" else dtype
+        terms = rows if name == "dweight" else vocabulary
+        roundings = 3 if rounds_products else 1
+        allowed = largest_error(right, expected, operands=dtype, terms=terms, roundings=roundings)
+        error, bound = relative_error(got, right), allowed + through_logits
+        if got.dtype != expected:
+            lines.append(f"{name}: {got.dtype} in place of {expected}")
+        if not error <= bound:
+            lines.append(f"{name}: relative error {error:.3g} above the bound {bound:.3g}")
+    return lines

@@ -1,0 +1,94 @@
+"""Autocast and every operator: arguments are cast on entry, and the products inside are left as they are."""
+
+import contextlib
+
+import pytest
+import torch
+
+from lorakernels import cpu_gemm, frozen_linear, linear_cross_entropy, lora_linear
+from lorakernels.ops.autocast import cast_for_autocast
+
+
+def tensors(device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (24, 32), "weight": (300, 32), "bias": (300,), "lora_a": (4, 32), "lora_b": (300, 4)}
+    made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    made = {name: tensor.to(device, dtype) for name, tensor in made.items()}
+    return made | {"labels": torch.randint(300, (24,), generator=generator).to(device)}
+
+
+def lora(x, weight, bias, lora_a, lora_b, labels):
+    return lora_linear(x, weight.detach(), bias, lora_a, lora_b, 2.0)
+
+
+def frozen(x, weight, bias, lora_a, lora_b, labels):
+    return frozen_linear(x, weight.detach(), bias, gelu=True)
+
+
+def loss(x, weight, bias, lora_a, lora_b, labels):
+    return linear_cross_entropy(x, weight, labels, reduction="none")
+
+
+TRAINED = {lora: ("x", "lora_a", "lora_b"), frozen: ("x",), loss: ("x", "weight")}
+
+
+def results(operator, arguments, forward, backward) -> list[torch.Tensor]:
+    """The result and the gradients, each pass made inside a context."""
+    leaves = [arguments[name].requires_grad_() for name in TRAINED[operator]]
+    with forward:
+        out = operator(**arguments)
+    with backward:
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def nothing() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+@pytest.fixture
+def products(choose_gemm):
+    """Every problem is large enough for a choice; 16-bit products are made in float32 where they may be."""
+    choose_gemm(True, cpu_gemm.BLAS)
+
+
+@pytest.mark.parametrize("operator", TRAINED)
+@pytest.mark.usefixtures("products")
+def test_float32_gradients_stay_float32_where_backward_runs_inside(operator, device):
+    if operator is frozen and device != "cpu":
+        pytest.skip("it is F.linear there, whose backward follows autocast")
+    plain = results(operator, tensors(device), nothing(), nothing())
+    inside = results(operator, tensors(device), nothing(), torch.autocast(device, torch.bfloat16))
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+
+@pytest.mark.parametrize("operator", TRAINED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("products")
+def test_inside_is_what_cast_arguments_give_outside(operator, dtype, device):
+    cast = tensors(device) | {name: t for name, t in tensors(device, dtype).items() if "lora" not in name}
+    plain = results(operator, cast, nothing(), nothing())
+    autocasts = [torch.autocast(device, dtype) for _ in range(2)]
+    inside = results(operator, tensors(device), *autocasts)
+    assert inside[0].dtype == plain[0].dtype
+    # gradients come back through the casts, in float32
+    assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(inside, plain, strict=True))
+    assert all(gradient.dtype == torch.float32 for gradient in inside[1:])
+
+
+@pytest.mark.parametrize("operator", TRAINED)
+@pytest.mark.usefixtures("products")
+def test_float64_stays(operator, device):
+    plain = results(operator, tensors(device, torch.float64), nothing(), nothing())
+    autocasts = [torch.autocast(device, torch.bfloat16) for _ in range(2)]
+    inside = results(operator, tensors(device, torch.float64), *autocasts)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+
+def test_what_is_cast(device):
+    given = (torch.ones(2, device=device), None, torch.ones(2, dtype=torch.float64, device=device))
+    given += (torch.ones(2, dtype=torch.int64, device=device), torch.ones(2, device=device).half())
+    assert cast_for_autocast(*given) == given
+    with torch.autocast(device, torch.bfloat16):
+        cast = cast_for_autocast(*given)
+    dtypes = [None if tensor is None else tensor.dtype for tensor in cast]
+    assert dtypes == [torch.bfloat16, None, torch.float64, torch.int64, torch.bfloat16]
