@@ -5,7 +5,14 @@ import contextlib
 import pytest
 import torch
 
-from lorakernels import cpu_gemm, frozen_linear, linear_cross_entropy, lora_linear
+from lorakernels import (
+    alibi_attention,
+    alibi_slopes,
+    cpu_gemm,
+    frozen_linear,
+    linear_cross_entropy,
+    lora_linear,
+)
 from lorakernels.ops.autocast import cast_for_autocast
 
 
@@ -29,7 +36,26 @@ def loss(x, weight, bias, lora_a, lora_b, labels):
     return linear_cross_entropy(x, weight, labels, reduction="none")
 
 
-TRAINED = {lora: ("x", "lora_a", "lora_b"), frozen: ("x",), loss: ("x", "weight")}
+def heads(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """[24, 32] each as [1, 4, 24, 8]."""
+    return [tensor.view(1, 24, 4, 8).transpose(1, 2) for tensor in tensors]
+
+
+def attention(x, weight, bias, lora_a, lora_b, labels):
+    return alibi_attention(*heads(x, weight[:24], weight[24:48]), alibi_slopes(4, x.device))
+
+
+def few_queries(x, weight, bias, lora_a, lora_b, labels):
+    query, key, value = heads(x, weight[:24], weight[24:48])
+    return alibi_attention(query[:, :, -5:], key, value, alibi_slopes(4, x.device))
+
+
+TRAINED = {
+    lora: ("x", "lora_a", "lora_b"),
+    frozen: ("x",),
+    loss: ("x", "weight"),
+    attention: ("x", "weight"),
+}
 
 
 def results(operator, arguments, forward, backward) -> list[torch.Tensor]:
@@ -54,8 +80,8 @@ def products(choose_gemm):
 @pytest.mark.parametrize("operator", TRAINED)
 @pytest.mark.usefixtures("products")
 def test_float32_gradients_stay_float32_where_backward_runs_inside(operator, device):
-    if operator is frozen and device != "cpu":
-        pytest.skip("it is F.linear there, whose backward follows autocast")
+    if operator in (frozen, attention) and device != "cpu":
+        pytest.skip("torch's own operators, whose backward follows autocast")
     plain = results(operator, tensors(device), nothing(), nothing())
     inside = results(operator, tensors(device), nothing(), torch.autocast(device, torch.bfloat16))
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
@@ -73,6 +99,16 @@ def test_inside_is_what_cast_arguments_give_outside(operator, dtype, device):
     # gradients come back through the casts, in float32
     assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(inside, plain, strict=True))
     assert all(gradient.dtype == torch.float32 for gradient in inside[1:])
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_few_queries_are_cast_and_their_products_are_not(gradients, device):
+    """The backward pass is torch's own operators', and follows autocast."""
+    with torch.set_grad_enabled(gradients):
+        plain = few_queries(**tensors(device, torch.bfloat16))
+        with torch.autocast(device, torch.bfloat16):
+            inside = few_queries(**tensors(device))
+    assert torch.equal(inside, plain)
 
 
 @pytest.mark.parametrize("operator", TRAINED)

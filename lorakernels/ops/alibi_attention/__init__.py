@@ -10,6 +10,7 @@ import torch
 from lorakernels.ops.alibi_attention import aten, plain
 from lorakernels.ops.alibi_attention.mask import AttentionMask, attention_mask
 from lorakernels.ops.alibi_attention.slopes import alibi_slopes
+from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 
 __all__ = ["AttentionMask", "alibi_attention", "alibi_slopes", "attention_mask"]
 
@@ -40,6 +41,7 @@ def alibi_attention(
     Raises ValueError for shapes and devices that do not fit, slopes that require a gradient, or document_ids
     beside a mask; TypeError for dtypes.
     """
+    query, key, value = cast_for_autocast(query, key, value)
     _check(query, key, value, slopes, mask)
     batch, _, length, _ = key.shape
     if document_ids is not None:
@@ -97,6 +99,7 @@ def _check(
 
 
 @torch.library.custom_op("lorakernels::alibi_attention", mutates_args=(), device_types="cpu")
+@without_autocast
 def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -113,6 +116,7 @@ def _(query, key, value, slopes, starts):
 
 
 @torch.library.custom_op("lorakernels::alibi_attention_backward", mutates_args=(), device_types="cpu")
+@without_autocast
 def _backward_op(
     out_gradient: torch.Tensor,
     query: torch.Tensor,

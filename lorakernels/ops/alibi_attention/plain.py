@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lorakernels.ops.alibi_attention.reference import alibi_attention_reference, biases
+from lorakernels.ops.autocast import without_autocast
 
 QUERIES = 128
 
 
+@without_autocast
 def attention(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, starts: Tensor | None) -> Tensor:
     """The attention's result [B, heads, Tq, D], stored as [B, Tq, heads, D]; starts [B or 1, T] or None."""
     dtype, before = query.dtype, key.shape[2] - query.shape[2]
