@@ -1,0 +1,145 @@
+"""Patched BLOOM models against transformers' own in float64, which is given each document alone."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import BloomConfig, BloomForCausalLM
+
+from benchmarks.gpu_check.attention_items import packed_documents
+from benchmarks.gpu_check.findings import Findings
+from benchmarks.gpu_check.pool import Item, Setting
+from bloomft import fused_model
+from bloomft.patch import adapted_layers, patch_bloom
+from lorakernels.ops.lora_linear.reference import plain_lora_linear
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RANK, SCALE = 8, 2.0
+# with 8 heads the slopes are powers of two, which transformers' float32 biases keep without rounding
+HEADS, LAYERS = 8, 2
+# Results of a block that are rounded to 16 bits: two norms, four products, attention's two, GELU, two sums.
+BLOCK_ROUNDINGS = 11
+
+
+def first() -> list[Item]:
+    """The main job's model: packed rows in bfloat16, eager and compiled."""
+    return [
+        Item(f"model {way}, bf16", check_model, {"dtype": "bf16", "compiled": way == "compiled"})
+        for way in ("eager", "compiled")
+    ]
+
+
+def rest() -> list[Item]:
+    """Other dtypes."""
+    return [
+        Item(f"model eager, {dtype}", check_model, {"dtype": dtype, "compiled": False})
+        for dtype in ("fp16", "fp32")
+    ]
+
+
+def check_model(findings: Findings, setting: Setting, dtype: str, compiled: bool) -> None:
+    """Loss and adapters' gradients in each checkpointing mode, packed and padded, and logits in eval mode."""
+    width, length, batch = setting.pick((1024, 2048, 4), (64, 48, 2))
+    base = make_base(setting, width).to(DTYPES[dtype])
+    model = patch_bloom(copy.deepcopy(base), RANK, SCALE)
+    adapters = [tensor for layer in adapted_layers(model).values() for tensor in (layer.lora_a, layer.lora_b)]
+    generator = torch.Generator(setting.device).manual_seed(1)
+    with torch.no_grad():
+        for tensor in adapters:
+            tensor.normal_(std=tensor.shape[1] ** -0.5, generator=generator)
+    ids = torch.randint(
+        4, base.config.vocab_size, (batch, length), generator=generator, device=setting.device
+    )
+    packed = packed_documents(setting, batch, length)
+    padded = torch.zeros_like(packed)
+    padded[0, length - length // 4 :] = -1
+    if compiled:
+        fused_model.compile_blocks(model)
+    for kind, documents in {"packed": packed, "padded": padded}.items():
+        exact = exact_step(base, adapters, ids, documents)
+        for mode in (False, True, "selective"):
+            fused_model.checkpoint_blocks(model, mode)
+            model.train().zero_grad()
+            loss = model(**batch_of(ids, documents)).loss
+            loss.backward()
+            got = [loss.detach(), *(tensor.grad for tensor in adapters)]
+            judge(findings, f"{kind}, checkpointing {mode}", got, exact[:-1], base)
+        fused_model.checkpoint_blocks(model, False)
+        with torch.no_grad():
+            logits = model.eval()(ids, document_ids=documents, use_cache=False).logits
+        real = documents >= 0
+        judge(findings, f"{kind}, eval", [logits[real]], [exact[-1][real]], base)
+
+
+def make_base(setting: Setting, width: int) -> BloomForCausalLM:
+    """A random BLOOM whose weights are large enough that attention and biases matter."""
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=setting.pick(4096, 128), hidden_size=width, n_layer=LAYERS, n_head=HEADS,
+        initializer_range=width**-0.5,
+    )  # fmt: skip
+    with torch.device(setting.device):
+        model = BloomForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
+    return model
+
+
+def batch_of(ids: Tensor, documents: Tensor) -> dict[str, Tensor]:
+    """What the trainer gives the model: no label on padding."""
+    return {"input_ids": ids, "labels": ids.masked_fill(documents < 0, -100), "document_ids": documents}
+
+
+class PlainLora(nn.Module):
+    """The textbook layer, differentiated by autograd."""
+
+    def __init__(self, linear: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> None:
+        super().__init__()
+        self.linear, self.lora_a, self.lora_b = linear, lora_a, lora_b
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N]."""
+        return plain_lora_linear(x, self.linear.weight, self.linear.bias, self.lora_a, self.lora_b, SCALE)
+
+
+def exact_step(
+    base: BloomForCausalLM, adapters: list[Tensor], ids: Tensor, documents: Tensor
+) -> list[Tensor]:
+    """Mean loss, adapters' gradients and logits by transformers in float64, each document alone."""
+    model = copy.deepcopy(base).double().eval().requires_grad_(False)
+    leaves = [tensor.detach().double().requires_grad_() for tensor in adapters]
+    for index, block in enumerate(model.transformer.h):
+        attention = block.self_attention
+        attention.query_key_value = PlainLora(attention.query_key_value, *leaves[2 * index : 2 * index + 2])
+    logits = torch.zeros(*ids.shape, base.config.vocab_size, dtype=torch.float64, device=ids.device)
+    total, labels = torch.zeros((), dtype=torch.float64, device=ids.device), 0
+    gradients = [torch.zeros_like(leaf) for leaf in leaves]
+    for row, of_row in enumerate(documents.tolist()):
+        starts = [t for t in range(len(of_row)) if t == 0 or of_row[t] != of_row[t - 1]]
+        for start, stop in zip(starts, [*starts[1:], len(of_row)], strict=True):
+            if of_row[start] < 0:
+                continue
+            out = model(ids[row : row + 1, start:stop], use_cache=False).logits[0]
+            logits[row, start:stop] = out.detach()
+            if stop - start > 1:
+                loss = cross_entropy(out[:-1], ids[row, start + 1 : stop], reduction="sum")
+                for whole, part in zip(gradients, torch.autograd.grad(loss, leaves), strict=True):
+                    whole += part
+                total += loss.detach()
+                labels += stop - start - 1
+    return [total / labels, *(gradient / labels for gradient in gradients), logits]
+
+
+def judge(
+    findings: Findings, name: str, got: list[Tensor], exact: list[Tensor], base: BloomForCausalLM
+) -> None:
+    """By the rule, with the roundings of all blocks forward and back, and their sums one after another."""
+    config, dtype = base.config, base.dtype
+    for index, (one, right) in enumerate(zip(got, exact, strict=True)):
+        findings.compare(
+            f"{name}: {'loss or logits' if index == 0 else f'gradient {index}'}", one, right, one.dtype,
+            operands=dtype, terms=2 * LAYERS * 16 * config.hidden_size + config.vocab_size,
+            roundings=2 * LAYERS * BLOCK_ROUNDINGS, rounded_to=dtype,
+        )  # fmt: skip
