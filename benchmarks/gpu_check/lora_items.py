@@ -121,7 +121,7 @@ def check_dropout(findings: Findings, setting: Setting, dtype: str) -> None:
 
 
 def check_module(findings: Findings, setting: Setting, dtype: str) -> None:
-    """LoRALinear plain, with parts, compiled and merged."""
+    """LoRALinear with all rows and with parts, eager, compiled (for bfloat16) and merged."""
     m, k = setting.pick((1024, 512), (24, 32))
     n, heads = 3 * k, 4
     with precision(dtype):
@@ -139,7 +139,10 @@ def check_module(findings: Findings, setting: Setting, dtype: str) -> None:
             sparse = torch.zeros_like(problem.lora_b).index_copy_(0, rows, problem.lora_b[rows])
             exact = exact_results(replace(problem, lora_b=sparse))
             exact[3] = exact[3][rows]
-            for way, function in (("eager", layer), ("compiled", torch.compile(layer))):
+            ways = {"eager": layer}
+            if dtype == "bf16":
+                ways["compiled"] = torch.compile(layer)
+            for way, function in ways.items():
                 name = f"{way}, {'all rows' if parts is None else 'parts q and v'}"
                 x = problem.x.clone().requires_grad_()
                 y = function(x)
