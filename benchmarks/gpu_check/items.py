@@ -6,7 +6,7 @@ from benchmarks.gpu_check.pool import Item
 
 def all_items() -> list[Item]:
     """The items in the order in which they begin; the long ones of the first group stand in front."""
-    modules = (job_items, model_items, attention_items, lora_items, dense_items)
+    modules = (model_items, job_items, attention_items, lora_items, dense_items)
     return [item for module in modules for item in module.first()] + [
         item for module in modules for item in module.rest()
     ]

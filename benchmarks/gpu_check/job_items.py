@@ -1,6 +1,7 @@
 """The main job by its commands: trained, killed and resumed to the same bits, exported, generated from."""
 
 import contextlib
+import fcntl
 import io
 import json
 import shutil
@@ -68,8 +69,13 @@ def make_base(setting: Setting, folder: Path, dtype: torch.dtype) -> Path:
     """The embedded base, hardly pre-trained, stored in dtype as published ones are in 16 bits."""
     small = {"vocab_size": 384, "hidden_size": 64, "n_layer": 2, "n_head": 4, "sequence_length": 32}
     recipe = TinyRecipe(steps=2, **setting.pick({}, small))
-    base = tiny_base_folder(recipe, cache_dir=folder)
-    BloomForCausalLM.from_pretrained(base).to(dtype).save_pretrained(base)
+    # made once, by whichever process comes first
+    with (setting.scratch / "base.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shared = tiny_base_folder(recipe, cache_dir=setting.scratch)
+    base = folder / "base"
+    shutil.copytree(shared, base)
+    BloomForCausalLM.from_pretrained(shared).to(dtype).save_pretrained(base)
     return base
 
 
