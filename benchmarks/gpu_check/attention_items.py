@@ -1,12 +1,13 @@
 """alibi_attention against exact ALiBi: slope·(j - i) in float64 from the float32 slopes, documents masked."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
-import lorakernels
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
-from lorakernels import alibi_attention, alibi_slopes
+from lorakernels import alibi_attention, alibi_slopes, attention_mask
 
 HEAD_DIMS = (128, 64, 80, 96, 8)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,13 +39,13 @@ def check_packed(findings: Findings, setting: Setting, head_dim: int) -> None:
     tensors, slopes, incoming = make_problem(setting, batch, heads, length, head_dim, torch.bfloat16)
     documents = packed_documents(setting, batch, length)
     exact = exact_results(tensors, slopes, documents, incoming)
-    mask = lorakernels.attention_mask(documents, batch, length, torch.device(setting.device))
+    mask = attention_mask(documents, batch, length, torch.device(setting.device))
     findings.require(
         torch.equal(slopes.cpu(), alibi_slopes(heads)), "the slopes differ from those of the CPU"
     )
 
     def by_mask(query, key, value):
-        return alibi_attention(query, key, value, slopes, document_ids=documents, mask=mask)
+        return alibi_attention(query, key, value, slopes, mask=mask)
 
     def by_documents(query, key, value):
         return alibi_attention(query, key, value, slopes, document_ids=documents)
@@ -94,12 +95,20 @@ def check_last_queries(findings: Findings, setting: Setting, dtype: str) -> None
     (query, key, value), slopes, incoming = make_problem(
         setting, batch, heads, length, head_dim, DTYPES[dtype]
     )
-    for queries in (1, 5, length // 2, length - 1):
-        last = query[:, :, length - queries :]
-        exact = exact_results((last, key, value), slopes, None, incoming[:, :, length - queries :])
+    documents = packed_documents(setting, batch, length)
+    for queries, ids in itertools.product((1, 5, length // 2, length - 1), (None, documents)):
+        last = (query[:, :, length - queries :], key, value)
+        dout = incoming[:, :, length - queries :]
+        exact = exact_results(last, slopes, ids, dout)
+
+        def attend(query, key, value, ids=ids):
+            return alibi_attention(query, key, value, slopes, document_ids=ids)
+
+        name = f"{queries} of {length}, {'whole' if ids is None else 'packed'}"
+        judge(findings, name, results(attend, last, dout), exact, DTYPES[dtype])
         with torch.no_grad():
-            out = alibi_attention(last, key, value, slopes)
-        judge(findings, f"{queries} of {length}", [out], exact[:1], DTYPES[dtype])
+            out = attend(*last)
+        judge(findings, f"{name}, no gradients", [out], exact[:1], DTYPES[dtype])
 
 
 def make_problem(

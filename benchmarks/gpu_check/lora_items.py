@@ -14,7 +14,7 @@ from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
 from lorakernels import LoRALinear, RowParts, dispatch, lora_linear
 from lorakernels.ops.lora_linear import implementations
-from lorakernels.ops.lora_linear.check import Problem, random_problem
+from lorakernels.ops.lora_linear.check import Problem
 
 # M, K and N of query_key_value at 8,192 tokens: BLOOM-1b7, 7b1 and 560m.
 MAIN = {"1b7": (8192, 2048, 6144), "7b1": (8192, 4096, 12288), "560m": (8192, 1024, 3072)}
@@ -161,9 +161,19 @@ def make_problem(
 ) -> Problem:
     """Random operands whose frozen part and update weigh about the same in y."""
     generator = torch.Generator(setting.device).manual_seed(m + k + n + r)
-    weight = torch.randn(n, k, generator=generator, device=setting.device) / k**0.5
-    bias = torch.randn(n, generator=generator, device=setting.device)
-    return random_problem(m, weight.to(dtype), bias.to(dtype), r, adapter_dtype)
+
+    def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=setting.device) * size).to(dtype)
+
+    return Problem(
+        x=normal(m, k),
+        weight=normal(n, k, size=k**-0.5),
+        bias=normal(n),
+        lora_a=normal(r, k, size=k**-0.5, dtype=adapter_dtype),
+        lora_b=normal(n, r, size=r**-0.5, dtype=adapter_dtype),
+        dy=normal(m, n),
+        scale=1.5,
+    )
 
 
 def main_problem(setting: Setting, model: str, dtype: torch.dtype, rank: int) -> Problem:
