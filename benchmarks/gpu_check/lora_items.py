@@ -179,7 +179,8 @@ def make_problem(
 def main_problem(setting: Setting, model: str, dtype: torch.dtype, rank: int) -> Problem:
     """A shape of `MAIN`, or one like it for the rehearsal."""
     m, k, n = MAIN[model]
-    m, k, n = setting.pick((m, k, n), (m // 128, k // 32, n // 64))
+    # the first of the rehearsal's is just large enough for a choice between implementations
+    m, k, n = setting.pick((m, k, n), (m // 32, k // 16, n // 24))
     return make_problem(setting, m, k, n, rank, dtype, torch.float32)
 
 

@@ -43,7 +43,7 @@ class Item:
     name: str
     check: Callable
     arguments: dict = field(default_factory=dict)
-    limit: float = 120.0
+    limit: float = 180.0
 
 
 def run_items(
@@ -84,6 +84,8 @@ def run_items(
         for item in waiting:
             report(item, not_run(f"not begun within {seconds:.0f} s, the limit of all items together"))
     finally:
+        for worker in idle:
+            worker.dismiss()
         for worker in (*idle, *busy):
             worker.end()
 
@@ -126,6 +128,11 @@ class _Worker:
             detail = f"no result within the item's limit of {self.item.limit:.0f} s; {self._last_lines()}"
             return {"status": ERROR, "seconds": seconds, "detail": detail}
         return None
+
+    def dismiss(self) -> None:
+        """Let an idle process come to its own end, which leaves no warning about what it held."""
+        self.pipe.close()
+        self._process.join(timeout=5.0)
 
     def end(self) -> None:
         """Kill the process and what it has started."""
