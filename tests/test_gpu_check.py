@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_check import attention_items, dense_items, job_items, lora_items, model_items
+from benchmarks.gpu_check import attention_items, dense_items, job_items, lora_items, model_items, report
 from benchmarks.gpu_check.__main__ import check, main
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.items import all_items
@@ -138,6 +138,12 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_sources_without_git_are_named_by_their_version(monkeypatch):
+    assert report.about("cpu", True)["source"].startswith("commit ")
+    monkeypatch.setenv("PATH", "")
+    assert report.about("cpu", True)["source"].startswith("bloomft 0.")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")

@@ -83,12 +83,12 @@ def check_auto(findings: Findings, setting: Setting, model: str, dtype: str) -> 
 
 def check_ragged(findings: Findings, setting: Setting, dtype: str) -> None:
     """Odd sizes in every storage order, adapters of either dtype, and kind of bias."""
-    layouts = itertools.cycle(["rows", "weight by columns", "x by columns", "slice", "expanded dy"])
-    biases = itertools.cycle(["bias", "strided bias", "no bias"])
-    adapters = {torch.float32, DTYPES[dtype]}
-    for (m, k, n, r), adapter_dtype in itertools.product(RAGGED, adapters):
+    layouts = ("rows", "weight by columns", "x by columns", "slice", "expanded dy")
+    biases, shapes = itertools.cycle(("strided bias", "bias", "no bias")), itertools.cycle(RAGGED)
+    adapters = dict.fromkeys((torch.float32, DTYPES[dtype]))
+    for layout, adapter_dtype in itertools.product(layouts, adapters):
+        bias, (m, k, n, r) = next(biases), next(shapes)
         m, k, n = (setting.pick(size, -(-size // 4)) for size in (m, k, n))
-        layout, bias = next(layouts), next(biases)
         with precision(dtype):
             problem = make_problem(setting, m, k, n, r, DTYPES[dtype], adapter_dtype)
             relay(problem, layout, bias)

@@ -199,7 +199,7 @@ def _outcome(item: Item, setting: Setting) -> dict:
             **asdict(findings),
         }
     status = FAIL if findings.faults else PASS
-    return {"status": status, "detail": "; ".join(findings.faults), **asdict(findings)}
+    return {"status": status, "detail": "\n".join(findings.faults), **asdict(findings)}
 
 
 def _end_with_parent() -> None:

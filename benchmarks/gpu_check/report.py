@@ -1,5 +1,6 @@
 """correctness.json, rewritten after each item, and the lines that tell a person the same."""
 
+import contextlib
 import importlib.metadata
 import json
 import subprocess
@@ -88,5 +89,7 @@ def _source() -> str:
             [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return f"bloomft {importlib.metadata.version('bloomft')}"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"bloomft {importlib.metadata.version('bloomft')}"
+        return "no commit, and bloomft is not installed"
     return f"commit {commit.strip()}{', with changes' if changed else ''}"
