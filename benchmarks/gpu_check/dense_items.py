@@ -15,6 +15,8 @@ from lorakernels.ops.linear_cross_entropy import aten
 # BLOOM's vocabulary
 VOCABULARY = 250_880
 EXACT_ROWS = 256
+# as the trainer's GradScaler has it in float16, where gradients of a mean would underflow
+LOSS_SCALE = 2.0**10
 # logits, their softmax and the product with it are each rounded to 16 bits
 LOSS_ROUNDINGS = 3
 
@@ -39,15 +41,15 @@ def check_loss(findings: Findings, setting: Setting, dtype: str) -> None:
     hidden, weight, labels = make_loss_problem(setting, rows, width, vocabulary, DTYPES[dtype])
     labels[::2] = -100
     with precision(dtype):
-        share = 1 / (rows // 2)
-        exact = exact_loss(hidden, weight, labels, torch.full((rows,), share, device=hidden.device))
-        exact[0] = exact[0].sum() * share
+        share = torch.full((rows,), LOSS_SCALE / (rows // 2), device=hidden.device)
+        exact = exact_loss(hidden, weight, labels, share)
+        exact[0] = exact[0].sum() / (rows // 2)
         for trained in (False, True):
             h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
             loss = linear_cross_entropy(h, w, labels)
-            loss.backward()
+            (loss * LOSS_SCALE).backward()
             name = "head trained" if trained else "head frozen"
-            judge(findings, name, [loss.detach(), h.grad, w.grad], exact, hidden)
+            judge(findings, name, [loss.detach(), h.grad, w.grad], exact, hidden, weight)
 
 
 def check_odd_loss(findings: Findings, setting: Setting, dtype: str) -> None:
@@ -62,7 +64,12 @@ def check_odd_loss(findings: Findings, setting: Setting, dtype: str) -> None:
             for implementation in (aten, triton_loss()):
                 got = own_results(implementation, hidden, weight, labels, incoming.float())
                 judge(
-                    findings, f"{rows} rows, {implementation.__name__.rpartition('.')[2]}", got, exact, hidden
+                    findings,
+                    f"{rows} rows, {implementation.__name__.rpartition('.')[2]}",
+                    got,
+                    exact,
+                    hidden,
+                    weight,
                 )
             strided = (
                 hidden.T.contiguous().T,
@@ -73,10 +80,12 @@ def check_odd_loss(findings: Findings, setting: Setting, dtype: str) -> None:
                 h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
                 losses = linear_cross_entropy(h, w, target, reduction="none")
                 got = [losses.detach(), *torch.autograd.grad(losses, [h, w], incoming.to(losses.dtype))]
-                judge(findings, f"{rows} {name}, none", got, exact, hidden)
+                judge(findings, f"{rows} {name}, none", got, exact, hidden, weight)
                 total = linear_cross_entropy(h, w, target, reduction="sum")
                 got = [total.detach(), *torch.autograd.grad(total, [h, w])]
-                judge(findings, f"{rows} {name}, sum", got, [exact_sum[0].sum(), *exact_sum[1:]], hidden)
+                judge(
+                    findings, f"{rows} {name}, sum", got, [exact_sum[0].sum(), *exact_sum[1:]], hidden, weight
+                )
             nothing = linear_cross_entropy(h, w, torch.full_like(labels, -100))
             findings.require(bool(nothing.isnan()), "all rows ignored: the mean is a number")
             gradients = torch.autograd.grad(nothing, [h, w])
@@ -169,10 +178,15 @@ def own_results(
 
 
 def judge(
-    findings: Findings, name: str, got: list[Tensor | None], exact: list[Tensor | None], hidden: Tensor
+    findings: Findings,
+    name: str,
+    got: list[Tensor | None],
+    exact: list[Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
 ) -> None:
     """Loss and gradients by the rule; what was not asked for is None."""
-    terms = (hidden.shape[1], VOCABULARY, len(hidden))
+    terms = (hidden.shape[1], len(weight), len(hidden))
     dtypes = (torch.float32, hidden.dtype, hidden.dtype)
     for result, one, right, dtype, length in zip(
         ("loss", "dhidden", "dweight"), got, exact, dtypes, terms, strict=True

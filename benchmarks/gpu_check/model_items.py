@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import BloomConfig, BloomForCausalLM
 
 from benchmarks.gpu_check.attention_items import packed_documents
+from benchmarks.gpu_check.dense_items import LOSS_SCALE
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
 from bloomft import fused_model
@@ -20,8 +21,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANK, SCALE = 8, 2.0
 # with 8 heads the slopes are powers of two, which transformers' float32 biases keep without rounding
 HEADS, LAYERS = 8, 2
-# as the trainer's GradScaler has it in float16, where gradients of a mean would underflow
-LOSS_SCALE = 2.0**10
 
 
 def first() -> list[Item]:
