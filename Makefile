@@ -12,12 +12,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto tests
 
-# On a CUDA machine: every test on the GPU itself, then every benchmark, kept under the device's name.
+# On a CUDA machine: every operator and the training job against float64, then every benchmark, kept under the
+# device's name.
 gpu-check: $(VENV)/.installed-dev
 	$(BIN)/python -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "gpu-check needs a CUDA device")'
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests
 	device=$$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))') && \
-	mkdir -p benchmarks/results/$$device && \
+	$(BIN)/python -m benchmarks.gpu_check --out benchmarks/results/$$device && \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --full -s \
 		--benchmark-json=benchmarks/results/$$device/benchmarks.json
 

@@ -64,7 +64,8 @@ def read_cases(paths: Sequence[Path]) -> dict[str, dict]:
     """extra_info of every stored benchmark, with its group, by test id without its file."""
     cases = {}
     for path in paths:
-        for one in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
+        # gpu_check's file, which may stand beside them, has none
+        for one in json.loads(path.read_text(encoding="utf-8")).get("benchmarks", ()):
             if "phases" in one["extra_info"]:
                 cases[one["name"]] = {"group": one["group"], **one["extra_info"]}
     return dict(sorted(cases.items(), key=lambda item: (item[1]["group"], item[0])))

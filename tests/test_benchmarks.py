@@ -10,7 +10,7 @@ import torch
 from benchmarks import interleave, report, test_bench_lora_linear
 from lorakernels import LoRALinear
 
-RESULTS = sorted(path.parent for path in report.RESULTS.glob("*/*.json"))
+RESULTS = sorted({path.parent for path in report.RESULTS.glob("*/report.md")})
 
 
 class Benchmark:

@@ -1,0 +1,74 @@
+"""What an item finds: each error beside its bound, and a line for each thing that is wrong."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorakernels.tolerance import largest_error, relative_error
+
+
+@dataclass
+class Findings:
+    """Collected while an item runs; it passes when there is no fault.
+
+    Attributes:
+        figures: {result, error, bound} of each comparison with float64.
+        notes: facts that a reader wants beside them, such as what "auto" chose.
+        faults: one line for each thing that is wrong.
+    """
+
+    figures: list[dict[str, str | float]] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def compare(
+        self,
+        result: str,
+        got: Tensor,
+        exact: Tensor,
+        dtype: torch.dtype,
+        *,
+        operands: torch.dtype,
+        terms: int,
+        roundings: int = 1,
+        rounded_to: torch.dtype | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        """Hold got, of dtype, against exact (float64) by the rule of `lorakernels.tolerance`.
+
+        rounded_to is the dtype that decides where a wider result is made of 16-bit intermediate ones; at_most
+        is a bound that holds in place of the rule's.
+        """
+        if got.dtype != dtype:
+            self.faults.append(f"{result}: {got.dtype} in place of {dtype}")
+        bound = at_most
+        if bound is None:
+            bound = largest_error(
+                exact, rounded_to or dtype, operands=operands, terms=terms, roundings=roundings
+            )
+        self._judge(result, relative_error(got, exact), bound)
+
+    def compare_heads(
+        self, result: str, got: Tensor, exact: Tensor, dtype: torch.dtype, **rule: object
+    ) -> None:
+        """`compare` for every head of got, exact [B, heads, T, D]; the figure kept is the worst head's."""
+        heads = Findings()
+        for h in range(exact.shape[1]):
+            heads.compare(f"{result}, head {h}", got[:, h], exact[:, h], dtype, **rule)
+        self.faults += heads.faults
+        self.figures.append(max(heads.figures, key=share_of_bound))
+
+    def require(self, condition: bool, fault: str) -> None:
+        """Note the fault unless the condition holds."""
+        if not condition:
+            self.faults.append(fault)
+
+    def _judge(self, result: str, error: float, bound: float) -> None:
+        self.figures.append({"result": result, "error": error, "bound": bound})
+        self.require(error <= bound, f"{result}: relative error {error:.3g} above the bound {bound:.3g}")
+
+
+def share_of_bound(figure: dict[str, str | float]) -> float:
+    """The error as a share of what is allowed; 0 where there is none."""
+    return figure["error"] / figure["bound"] if figure["error"] else 0.0

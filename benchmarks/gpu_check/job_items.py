@@ -1,0 +1,205 @@
+"""The main job by its commands: trained, killed and resumed to the same bits, exported, generated from."""
+
+import contextlib
+import fcntl
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import BloomForCausalLM
+
+from benchmarks.gpu_check.findings import Findings
+from benchmarks.gpu_check.pool import Item, Setting
+from bloomft import export, generate
+from bloomft.checkpoint import load_checkpoint
+from bloomft.tiny_base import TinyRecipe, tiny_base_folder
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WAYS = (("bf16", True), ("bf16", False), ("fp16", False), ("fp32", False))
+STEPS, SAVED, KILLED = 40, 10, 20
+SCALE = 2.0
+# of metrics.jsonl, what depends on time and memory
+_MEASURED = {"tokens_per_second", "mfu", "peak_memory_gib"}
+
+
+def first() -> list[Item]:
+    """Packed training in each precision, compiled too; the slowest in front."""
+    return [
+        Item(
+            f"training {precision}{', compiled' if compiled else ''}",
+            check_job,
+            {"precision": precision, "compiled": compiled},
+            limit=220.0,
+        )
+        for precision, compiled in WAYS
+    ]
+
+
+def rest() -> list[Item]:
+    """Nothing: all of it is in the first group."""
+    return []
+
+
+def check_job(findings: Findings, setting: Setting, precision: str, compiled: bool) -> None:
+    """A run without interruption, one that SIGKILL ends and that goes on, and what becomes of the result."""
+    folder = setting.scratch / f"training-{precision}-{compiled}"
+    whole, killed = folder / "whole", folder / "killed"
+    killed.mkdir(parents=True)
+    base = make_base(setting, folder, PRECISIONS[precision])
+    config = write_config(setting, folder, base, precision, compiled)
+    finish(findings, train_command(config, whole))
+    # The same choices between implementations: others are as right, but give other bits.
+    shutil.copy(whole / f"step-{SAVED}.ckpt", killed / "last.ckpt")
+    if (whole / "kernels.json").exists():
+        shutil.copy(whole / "kernels.json", killed)
+    kill(train_command(config, killed), killed / "metrics.jsonl", KILLED - SAVED)
+    finish(findings, train_command(config, killed))
+    compare_runs(findings, whole, killed)
+    check_exports(findings, config, whole, base)
+
+
+def make_base(setting: Setting, folder: Path, dtype: torch.dtype) -> Path:
+    """The embedded base, hardly pre-trained, stored in dtype as published ones are in 16 bits."""
+    small = {"vocab_size": 384, "hidden_size": 64, "n_layer": 2, "n_head": 4, "sequence_length": 32}
+    recipe = TinyRecipe(steps=2, **setting.pick({}, small))
+    # made once, by whichever process comes first
+    with (setting.scratch / "base.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shared = tiny_base_folder(recipe, cache_dir=setting.scratch)
+    base = folder / "base"
+    shutil.copytree(shared, base)
+    BloomForCausalLM.from_pretrained(shared).to(dtype).save_pretrained(base)
+    return base
+
+
+def write_config(setting: Setting, folder: Path, base: Path, precision: str, compiled: bool) -> Path:
+    """The YAML file of the run."""
+    config = {
+        "data": {
+            "filenames": "builtin:installed-readmes",
+            "max_length": setting.pick(256, 32),
+            "cache_dir": str(folder),
+        },
+        "model": {
+            "transformer": {"pretrained_model_name_or_path": str(base)},
+            "lora": {"lora_dim": 8, "lora_scale": SCALE, "lora_dropout": 0.1},
+        },
+        "optim": {
+            "optimizer": {"lr": 1e-2},
+            "scheduler": {"name": "linear", "num_warmup_steps": 2, "num_training_steps": STEPS},
+        },
+        "train": {
+            "batch_size": 4,
+            "log_every_n_steps": 1,
+            "save_every_n_train_steps": SAVED,
+            "eval_max_batches": 4,
+            "precision": precision,
+            "compile": compiled,
+            "device": setting.device,
+        },
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def train_command(config: Path, run_dir: Path) -> list[str]:
+    """The command line that trains, or goes on, in run_dir."""
+    return [sys.executable, "-m", "bloomft.train", str(config), f"train.output_dir={run_dir}"]
+
+
+def finish(findings: Findings, command: list[str]) -> None:
+    """Run to the end; a kernel that was rejected on the way is a fault."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    findings.faults += [line for line in done.stderr.splitlines() if "is not used for" in line]
+
+
+def kill(command: list[str], metrics: Path, lines: int) -> None:
+    """Start the command and end it with SIGKILL once so many lines of metrics are written."""
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+            if process.poll() is not None:
+                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode} before its time")
+            time.sleep(0.002)
+        process.kill()
+
+
+def compare_runs(findings: Findings, whole: Path, killed: Path) -> None:
+    """Same adapters and optimizer in the last checkpoint, same losses on the way, all of them finite."""
+    expected, actual = (load_checkpoint(folder / "last.ckpt") for folder in (whole, killed))
+    findings.require(actual.step == expected.step == STEPS, f"steps {actual.step} and {expected.step}")
+    for name, value in expected.adapters.items():
+        findings.require(torch.equal(actual.adapters[name], value), f"{name}: other bits after resuming")
+        findings.require(
+            bool(value.isfinite().all() and value.any()), f"{name}: not trained to finite values"
+        )
+    for index, state in expected.optimizer["state"].items():
+        same = all(
+            torch.equal(value, actual.optimizer["state"][index][name]) for name, value in state.items()
+        )
+        findings.require(same, f"optimizer state {index}: other bits after resuming")
+    losses = read_metrics(whole)
+    findings.require(len(losses) == STEPS, f"{len(losses)} lines of metrics for {STEPS} steps")
+    findings.require(read_metrics(killed) == losses[SAVED:], "other metrics after resuming")
+    findings.require(all(line["loss"] is not None for line in losses), "a loss is not finite")
+    findings.notes["loss"] = f"{losses[0]['loss']:.4f} to {losses[-1]['loss']:.4f}"
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what was measured."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in _MEASURED} for line in lines]
+
+
+def check_exports(findings: Findings, config: Path, run_dir: Path, base: Path) -> None:
+    """Merged weights and PEFT's adapter against the checkpoint, and greedy text of each."""
+    override = f"train.output_dir={run_dir}"
+    for kind in ("merged", "adapter"):
+        command(export.main, str(config), "last.ckpt", "--format", kind, override)
+    state = load_checkpoint(run_dir / "last.ckpt").adapters
+    merged = BloomForCausalLM.from_pretrained(run_dir / "merged").state_dict()
+    for name, weight in BloomForCausalLM.from_pretrained(base).state_dict().items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_a" not in state:
+            findings.require(torch.equal(merged[name], weight), f"merged: {name} differs from the base's")
+            continue
+        delta = state[f"{layer}.lora_b"].double() @ state[f"{layer}.lora_a"].double()
+        exact = weight.double() + SCALE * delta
+        findings.compare(
+            f"merged: {name}", merged[name], exact, weight.dtype, operands=torch.float32, terms=8
+        )
+    adapter = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    ours = sorted((name.lower(), value.tolist()) for name, value in state.items())
+    theirs = (
+        (name.removeprefix("base_model.model.").removesuffix(".weight"), v) for name, v in adapter.items()
+    )
+    findings.require(
+        ours == sorted((name.lower(), value.tolist()) for name, value in theirs),
+        "adapter: not the checkpoint's",
+    )
+    texts = {
+        source: command(
+            generate.main, str(config), *source, "--prompt", "Return the", "--max-new-tokens", "12",
+            "--temperature", "0", override,
+        )
+        for source in ((), ("last.ckpt",), ("adapter",), ("merged",))
+    }  # fmt: skip
+    findings.notes |= {f"text of {' '.join(source) or 'base'}": text for source, text in texts.items()}
+    findings.require(all(len(text) > len("Return the") for text in texts.values()), "nothing was generated")
+    findings.require(texts["last.ckpt",] == texts["adapter",], "the adapter writes another text")
+
+
+def command(main, *arguments: str) -> str:
+    """What a command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(arguments)
+    return printed.getvalue()

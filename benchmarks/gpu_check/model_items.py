@@ -1,0 +1,205 @@
+"""Patched BLOOM models against transformers' own in float64, which is given each document alone."""
+
+import copy
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import BloomConfig, BloomForCausalLM
+
+from benchmarks.gpu_check.attention_items import packed_documents
+from benchmarks.gpu_check.dense_items import LOSS_SCALE
+from benchmarks.gpu_check.findings import Findings
+from benchmarks.gpu_check.pool import Item, Setting
+from bloomft import fused_model
+from bloomft.patch import adapted_layers, patch_bloom
+from lorakernels.ops.lora_linear.reference import plain_lora_linear
+from lorakernels.tolerance import relative_error
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RANK, SCALE = 8, 2.0
+# with 8 heads the slopes are powers of two, which transformers' float32 biases keep without rounding
+HEADS, LAYERS = 8, 2
+
+
+def first() -> list[Item]:
+    """The main job's model: packed rows in bfloat16, eager and compiled."""
+    return [
+        Item(f"model {way}, bf16", check_model, {"dtype": "bf16", "compiled": way == "compiled"})
+        for way in ("compiled", "eager")
+    ]
+
+
+def rest() -> list[Item]:
+    """Other dtypes."""
+    return [
+        Item(f"model eager, {dtype}", check_model, {"dtype": dtype, "compiled": False})
+        for dtype in ("fp16", "fp32")
+    ]
+
+
+def check_model(findings: Findings, setting: Setting, dtype: str, compiled: bool) -> None:
+    """Loss and adapters' gradients in each checkpointing mode, packed and padded, and logits in eval mode.
+
+    Compiled, what the trainer compiles: packed rows in training mode.
+    """
+    width, length, batch = setting.pick((1024, 2048, 4), (64, 48, 2))
+    base = make_base(setting, width).to(DTYPES[dtype])
+    model = patch_bloom(copy.deepcopy(base), RANK, SCALE)
+    adapters = [tensor for layer in adapted_layers(model).values() for tensor in (layer.lora_a, layer.lora_b)]
+    generator = torch.Generator(setting.device).manual_seed(1)
+    with torch.no_grad():
+        for tensor in adapters:
+            tensor.normal_(std=tensor.shape[1] ** -0.5, generator=generator)
+    ids = torch.randint(
+        4, base.config.vocab_size, (batch, length), generator=generator, device=setting.device
+    )
+    packed = packed_documents(setting, batch, length)
+    padded = torch.zeros_like(packed)
+    padded[0, length - length // 4 :] = -1
+    if compiled:
+        fused_model.compile_blocks(model)
+    judge = functools.partial(compare_all, findings, base)
+    for kind, documents in {"packed": packed, "padded": padded}.items():
+        exact = exact_step(base, adapters, ids, documents)
+        bounds = rounding_bounds(exact, exact_step(base, adapters, ids, documents, base.dtype), base.dtype)
+        for mode in (False, True, "selective"):
+            fused_model.checkpoint_blocks(model, mode)
+            model.train().zero_grad()
+            loss = model(**batch_of(ids, documents)).loss
+            (loss * LOSS_SCALE).backward()
+            got = [loss.detach(), *(tensor.grad / LOSS_SCALE for tensor in adapters)]
+            judge(f"{kind}, checkpointing {mode}", got, exact[:-1], bounds[:-1])
+        if compiled:
+            break
+        fused_model.checkpoint_blocks(model, False)
+        with torch.no_grad():
+            logits = model.eval()(ids, document_ids=documents, use_cache=False).logits
+        real = documents >= 0
+        judge(f"{kind}, eval", [logits[real]], [exact[-1][real]], bounds[-1:])
+
+
+def make_base(setting: Setting, width: int) -> BloomForCausalLM:
+    """A random BLOOM whose weights are large enough that attention and biases matter."""
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=setting.pick(4096, 128), hidden_size=width, n_layer=LAYERS, n_head=HEADS,
+        initializer_range=width**-0.5,
+    )  # fmt: skip
+    with torch.device(setting.device):
+        model = BloomForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
+    return model
+
+
+def batch_of(ids: Tensor, documents: Tensor) -> dict[str, Tensor]:
+    """What the trainer gives the model: no label on padding."""
+    return {"input_ids": ids, "labels": ids.masked_fill(documents < 0, -100), "document_ids": documents}
+
+
+class PlainLora(nn.Module):
+    """The textbook layer, differentiated by autograd."""
+
+    def __init__(self, linear: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> None:
+        super().__init__()
+        self.linear, self.lora_a, self.lora_b = linear, lora_a, lora_b
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N]."""
+        return plain_lora_linear(x, self.linear.weight, self.linear.bias, self.lora_a, self.lora_b, SCALE)
+
+
+class Rounded(torch.autograd.Function):
+    """The value and its gradient rounded to a dtype, kept in float64."""
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        """x [...] to the same shape."""
+        ctx.dtype = dtype
+        return x.to(dtype).double()
+
+    @staticmethod
+    def backward(ctx, dy):
+        """dy [...] to the same shape."""
+        return dy.to(ctx.dtype).double(), None
+
+
+def round_results(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round what each module returns, and its gradient, as arithmetic in dtype does at least."""
+
+    def rounded(_module, _inputs, output):
+        if isinstance(output, Tensor):
+            return Rounded.apply(output, dtype)
+        return (Rounded.apply(output[0], dtype), *output[1:]) if isinstance(output, tuple) else output
+
+    for module in model.modules():
+        module.register_forward_hook(rounded)
+
+
+def exact_step(
+    base: BloomForCausalLM,
+    adapters: list[Tensor],
+    ids: Tensor,
+    documents: Tensor,
+    rounded_to: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Mean loss, adapters' gradients and logits by transformers in float64, each document alone.
+
+    rounded_to rounds what each module returns, for an estimate of what a dtype's roundings alone do.
+    """
+    model = copy.deepcopy(base).double().eval().requires_grad_(False)
+    leaves = [tensor.detach().double().requires_grad_() for tensor in adapters]
+    for index, block in enumerate(model.transformer.h):
+        attention = block.self_attention
+        attention.query_key_value = PlainLora(attention.query_key_value, *leaves[2 * index : 2 * index + 2])
+    if rounded_to is not None:
+        round_results(model, rounded_to)
+    logits = torch.zeros(*ids.shape, base.config.vocab_size, dtype=torch.float64, device=ids.device)
+    total, labels = torch.zeros((), dtype=torch.float64, device=ids.device), 0
+    gradients = [torch.zeros_like(leaf) for leaf in leaves]
+    for row, of_row in enumerate(documents.tolist()):
+        starts = [t for t in range(len(of_row)) if t == 0 or of_row[t] != of_row[t - 1]]
+        for start, stop in zip(starts, [*starts[1:], len(of_row)], strict=True):
+            if of_row[start] < 0:
+                continue
+            out = model(ids[row : row + 1, start:stop], use_cache=False).logits[0]
+            logits[row, start:stop] = out.detach()
+            if stop - start > 1:
+                loss = cross_entropy(out[:-1], ids[row, start + 1 : stop], reduction="sum")
+                for whole, part in zip(
+                    gradients, torch.autograd.grad(loss * LOSS_SCALE, leaves), strict=True
+                ):
+                    whole += part
+                total += loss.detach()
+                labels += stop - start - 1
+    return [total / labels, *(gradient / (labels * LOSS_SCALE) for gradient in gradients), logits]
+
+
+def rounding_bounds(exact: list[Tensor], rounded: list[Tensor], dtype: torch.dtype) -> list[float | None]:
+    """Bounds in 16 bits: twice the error that rounding each module's result causes; None leaves the rule.
+
+    A model amplifies roundings by as much as its weights say, which no count of them tells. A result of one
+    number may be right by chance: hence at least eps.
+    """
+    if dtype.itemsize != 2:
+        return [None] * len(exact)
+    eps = torch.finfo(dtype).eps
+    return [max(eps, 2 * relative_error(one, right)) for one, right in zip(rounded, exact, strict=True)]
+
+
+def compare_all(
+    findings: Findings,
+    base: BloomForCausalLM,
+    name: str,
+    got: list[Tensor],
+    exact: list[Tensor],
+    bounds: list[float | None],
+) -> None:
+    """Each result by its bound; in float32 by the rule, for all sums of the blocks one after another."""
+    terms = 2 * LAYERS * 16 * base.config.hidden_size + base.config.vocab_size
+    for index, (one, right, bound) in enumerate(zip(got, exact, bounds, strict=True)):
+        result = f"{name}: {f'gradient {index}' if index else 'loss or logits'}"
+        findings.compare(result, one, right, one.dtype, operands=base.dtype, terms=terms, at_most=bound)

@@ -1,0 +1,232 @@
+"""gpu-check: its rehearsal passes, what is wrong turns it red, and no fault of an item reaches another."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_check import attention_items, dense_items, job_items, lora_items, model_items, report
+from benchmarks.gpu_check.__main__ import check, main
+from benchmarks.gpu_check.findings import Findings
+from benchmarks.gpu_check.items import all_items
+from benchmarks.gpu_check.pool import Item, Setting
+from bloomft import fused_model
+from bloomft.checkpoint import TrainingState, save_checkpoint
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compare(findings, got):
+    exact = torch.ones(8, dtype=torch.float64)
+    findings.compare("ones", got, exact, torch.float32, operands=torch.float32, terms=1)
+
+
+def right(findings, setting):
+    compare(findings, torch.ones(8))
+
+
+def wrong(findings, setting):
+    compare(findings, torch.full((8,), 1.01))
+
+
+def raising(findings, setting):
+    raise RuntimeError("no such kernel")
+
+
+def crashing(findings, setting):
+    print("the last words", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hanging(findings, setting, pid_file=None):
+    if pid_file is not None:
+        pid_file.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def run(items, out, seconds=300.0) -> tuple[int, dict[str, dict]]:
+    """The exit status, and what the JSON says by item."""
+    status = check(items, out, device="cpu", rehearsal=True, workers=1, seconds=seconds)
+    return status, outcomes(out)
+
+
+def outcomes(out: Path) -> dict[str, dict]:
+    return {one["item"]: one for one in json.loads((out / "correctness.json").read_text())["items"]}
+
+
+def test_every_item_passes_its_rehearsal(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse", "--seconds", "560", "--out"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    content = json.loads((tmp_path / "correctness.json").read_text())
+    assert [one["item"] for one in content["items"]] == [item.name for item in all_items()]
+    assert {one["status"] for one in content["items"]} == {"pass"}
+    assert content["versions"]["torch"] == torch.__version__
+    assert f"\n{len(content['items'])} pass\n" in done.stdout
+    for item in all_items():
+        assert f"\nPASS    {item.name}  " in done.stdout
+
+
+def test_a_wrong_result_turns_it_red(tmp_path, capsys):
+    status, found = run([Item("wrong", wrong), Item("right", right)], tmp_path)
+    assert status == 1
+    assert found["right"]["status"] == "pass"
+    assert found["wrong"]["status"] == "fail"
+    (figure,) = found["wrong"]["figures"]
+    assert figure["result"] == "ones"
+    assert figure["error"] == pytest.approx(0.01, rel=1e-3)
+    assert 0 < figure["bound"] < 1e-5
+    printed = capsys.readouterr().out
+    assert "\nFAIL    wrong" in printed
+    assert "\n    ones: relative error 0.01 above the bound" in printed
+    assert printed.endswith("\n1 pass, 1 fail\n")
+    assert run([Item("right", right)], tmp_path)[0] == 0
+
+
+def test_no_fault_reaches_another_item(tmp_path):
+    faulty = [
+        Item("crashing", crashing),
+        Item("raising", raising),
+        Item("hanging", hanging, limit=5.0),
+    ]
+    others = [Item(f"right {n}", right) for n in range(4)]
+    items = [item for pair in zip(faulty, others[:3], strict=True) for item in pair] + others[3:]
+    status, found = run(items, tmp_path)
+    assert status == 1
+    assert {found[item.name]["status"] for item in others} == {"pass"}
+    assert {found[item.name]["status"] for item in faulty} == {"error"}
+    assert "ended by signal SIGSEGV" in found["crashing"]["detail"]
+    assert "the last words" in found["crashing"]["detail"]
+    assert found["raising"]["detail"].startswith("RuntimeError: no such kernel")
+    assert "no result within the item's limit of 5 s" in found["hanging"]["detail"]
+
+
+def test_the_limit_lists_what_did_not_run(tmp_path, capsys):
+    status, found = run([Item("hanging", hanging), Item("waiting", right)], tmp_path, seconds=2.0)
+    assert status == 1
+    assert {one["status"] for one in found.values()} == {"not run"}
+    assert found["hanging"]["detail"].startswith("stopped after 2 s")
+    assert found["waiting"]["detail"].startswith("not begun within 2 s")
+    assert capsys.readouterr().out.endswith("\n2 not run\n")
+
+
+def test_a_crash_of_the_whole_leaves_a_complete_file_and_no_process(tmp_path):
+    pid_file = tmp_path / "pid"
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom tests import test_gpu_check as t\n"
+        "out = Path(sys.argv[1])\n"
+        "t.run([t.Item('right', t.right), t.Item('hanging', t.hanging, {'pid_file': out / 'pid'})], out)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.DEVNULL)
+    wait_for(lambda: pid_file.exists() and pid_file.read_text())
+    process.kill()
+    process.wait()
+    found = outcomes(tmp_path)
+    assert [found[name]["status"] for name in ("right", "hanging")] == ["pass", "not run"]
+    wait_for(lambda: not Path(f"/proc/{pid_file.read_text()}").exists())
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_sources_without_git_are_named_by_their_version(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert report.about("cpu", True)["source"].startswith("bloomft 0.")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_without_a_gpu_the_command_names_the_rehearsal(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "no CUDA device; --rehearse" in capsys.readouterr().err
+
+
+def test_names_are_unique_and_all_operators_are_among_them():
+    names = [item.name for item in all_items()]
+    assert len(set(names)) == len(names)
+    for start in ("lora_linear", "LoRALinear", "linear_cross_entropy", "frozen_linear", "alibi_attention"):
+        assert any(name.startswith(start) for name in names)
+
+
+def scaled(operator):
+    return lambda *inputs, **options: operator(*inputs, **options) * 1.01
+
+
+def only_tensors(operator):
+    return lambda query, key, value, slopes, **_: operator(query, key, value, slopes)
+
+
+def without_bias(operator):
+    return lambda query, key, value, slopes, **options: operator(query, key, value, slopes * 0, **options)
+
+
+def without_dropout(operator):
+    return lambda *inputs, dropout_p=0.0, **options: operator(*inputs, **options)
+
+
+def ignoring_documents(shift_labels):
+    return lambda labels, _: shift_labels(labels)
+
+
+MODEL = {"dtype": "bf16", "compiled": False}
+MUTATIONS = {
+    "lora_linear": ("lora_linear", scaled, lora_items.check_ragged, {"dtype": "fp32"}),
+    "dropout": ("lora_linear", without_dropout, lora_items.check_dropout, {"dtype": "fp32"}),
+    "documents": ("alibi_attention", only_tensors, attention_items.check_packed, {"head_dim": 8}),
+    "bias": ("alibi_attention", without_bias, attention_items.check_lengths, {"dtype": "bf16"}),
+    "loss": ("linear_cross_entropy", scaled, dense_items.check_loss, {"dtype": "bf16"}),
+    "frozen": ("frozen_linear", scaled, dense_items.check_frozen, {"dtype": "bf16"}),
+    "model": ("alibi_attention", only_tensors, model_items.check_model, MODEL),
+    "labels": ("shift_labels", ignoring_documents, model_items.check_model, MODEL),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_operator_is_found(mutation, monkeypatch, tmp_path):
+    name, broken, item_check, arguments = MUTATIONS[mutation]
+    module = fused_model if item_check is model_items.check_model else sys.modules[item_check.__module__]
+    monkeypatch.setattr(module, name, broken(getattr(module, name)))
+    findings = Findings()
+    item_check(findings, Setting(DEVICE, True, tmp_path), **arguments)
+    assert findings.faults
+
+
+def test_a_resumed_run_in_other_bits_is_found(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, job_items.STEPS + 1)]
+    adapter = torch.linspace(1, 2, 6)
+    empty = {field.name: {} for field in dataclasses.fields(TrainingState)}
+
+    def write(name: str, adapter: torch.Tensor, moment: torch.Tensor, lines: list[str]) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        values = {"step": job_items.STEPS, "adapters": {"lora_a": adapter}}
+        values["optimizer"] = {"state": {0: {"exp_avg": moment}}}
+        save_checkpoint(TrainingState(**{**empty, **values}), folder, keep=False)
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+        return folder
+
+    whole, after = write("whole", adapter, adapter, lines), lines[job_items.SAVED :]
+    next_bits = torch.nextafter(adapter, adapter + 1)
+    runs = {
+        "same": write("same", adapter, adapter, after),
+        "lora_a": write("adapters", next_bits, adapter, after),
+        "optimizer": write("optimizer", adapter, next_bits, after),
+        "metrics": write("metrics", adapter, adapter, after[1:]),
+    }
+    for name, folder in runs.items():
+        findings = Findings()
+        job_items.compare_runs(findings, whole, folder)
+        assert len(findings.faults) == (name != "same")
+        assert all(name in fault for fault in findings.faults)
