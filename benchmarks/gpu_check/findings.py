@@ -29,24 +29,13 @@ class Findings:
         exact: Tensor,
         dtype: torch.dtype,
         *,
-        operands: torch.dtype,
-        terms: int,
-        roundings: int = 1,
-        rounded_to: torch.dtype | None = None,
         at_most: float | None = None,
+        **rule,
     ) -> None:
-        """Hold got, of dtype, against exact (float64) by the rule of `lorakernels.tolerance`.
-
-        rounded_to is the dtype that decides where a wider result is made of 16-bit intermediate ones; at_most
-        is a bound that holds in place of the rule's.
-        """
+        """Hold got, of dtype, against exact in float64, by the rule of `tolerance` or by at_most."""
         if got.dtype != dtype:
             self.faults.append(f"{result}: {got.dtype} in place of {dtype}")
-        bound = at_most
-        if bound is None:
-            bound = largest_error(
-                exact, rounded_to or dtype, operands=operands, terms=terms, roundings=roundings
-            )
+        bound = largest_error(exact, dtype, **rule) if at_most is None else at_most
         self._judge(result, relative_error(got, exact), bound)
 
     def compare_heads(

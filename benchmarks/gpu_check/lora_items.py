@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
 from lorakernels import LoRALinear, RowParts, dispatch, lora_linear
+from lorakernels.dispatch import Implementation
 from lorakernels.ops.lora_linear import implementations
 from lorakernels.ops.lora_linear.check import Problem
 
@@ -249,8 +250,15 @@ def judge(
 
 
 def roundings(implementation: str) -> int:
-    """How often the result of an implementation is rounded to 16 bits on its way."""
-    return 1 if implementation.startswith(("triton", "reference")) else 2
+    """How often the result of an implementation is rounded to 16 bits on its way, as it declares."""
+    offered = (
+        implementations.REFERENCE,
+        implementations.ATEN,
+        implementations.ATEN_WIDE,
+        implementations.ONEDNN,
+    )
+    # Triton's tiles differ in name alone
+    return {one.name: one.roundings for one in offered}.get(implementation, Implementation.roundings)
 
 
 def named(x: Tensor, dropout_p: float = 0.0) -> list[str]:

@@ -1,13 +1,13 @@
 """Patched BLOOM models against transformers' own in float64, which is given each document alone."""
 
 import copy
-import functools
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import BloomConfig, BloomForCausalLM
 
+from benchmarks.baselines.rounded_model import gradient_bound, loss_bound, round_modules
 from benchmarks.gpu_check.attention_items import packed_documents
 from benchmarks.gpu_check.dense_items import LOSS_SCALE
 from benchmarks.gpu_check.findings import Findings
@@ -15,7 +15,6 @@ from benchmarks.gpu_check.pool import Item, Setting
 from bloomft import fused_model
 from bloomft.patch import adapted_layers, patch_bloom
 from lorakernels.ops.lora_linear.reference import plain_lora_linear
-from lorakernels.tolerance import relative_error
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANK, SCALE = 8, 2.0
@@ -60,24 +59,24 @@ def check_model(findings: Findings, setting: Setting, dtype: str, compiled: bool
     padded[0, length - length // 4 :] = -1
     if compiled:
         fused_model.compile_blocks(model)
-    judge = functools.partial(compare_all, findings, base)
     for kind, documents in {"packed": packed, "padded": padded}.items():
         exact = exact_step(base, adapters, ids, documents)
-        bounds = rounding_bounds(exact, exact_step(base, adapters, ids, documents, base.dtype), base.dtype)
+        rounded = exact_step(base, adapters, ids, documents, base.dtype)
+        bounds = rounding_bounds(exact, rounded, base, int((documents >= 0).sum()))
         for mode in (False, True, "selective"):
             fused_model.checkpoint_blocks(model, mode)
             model.train().zero_grad()
             loss = model(**batch_of(ids, documents)).loss
             (loss * LOSS_SCALE).backward()
             got = [loss.detach(), *(tensor.grad / LOSS_SCALE for tensor in adapters)]
-            judge(f"{kind}, checkpointing {mode}", got, exact[:-1], bounds[:-1])
+            compare_all(findings, f"{kind}, checkpointing {mode}", got, exact[:-1], bounds[:-1])
         if compiled:
             break
         fused_model.checkpoint_blocks(model, False)
         with torch.no_grad():
             logits = model.eval()(ids, document_ids=documents, use_cache=False).logits
         real = documents >= 0
-        judge(f"{kind}, eval", [logits[real]], [exact[-1][real]], bounds[-1:])
+        compare_all(findings, f"{kind}, eval", [logits[real]], [exact[-1][real]], bounds[-1:])
 
 
 def make_base(setting: Setting, width: int) -> BloomForCausalLM:
@@ -105,38 +104,12 @@ class PlainLora(nn.Module):
 
     def __init__(self, linear: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> None:
         super().__init__()
-        self.linear, self.lora_a, self.lora_b = linear, lora_a, lora_b
+        self.base_layer, self.lora_a, self.lora_b = linear, lora_a, lora_b
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
-        return plain_lora_linear(x, self.linear.weight, self.linear.bias, self.lora_a, self.lora_b, SCALE)
-
-
-class Rounded(torch.autograd.Function):
-    """The value and its gradient rounded to a dtype, kept in float64."""
-
-    @staticmethod
-    def forward(ctx, x, dtype):
-        """x [...] to the same shape."""
-        ctx.dtype = dtype
-        return x.to(dtype).double()
-
-    @staticmethod
-    def backward(ctx, dy):
-        """dy [...] to the same shape."""
-        return dy.to(ctx.dtype).double(), None
-
-
-def round_results(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round what each module returns, and its gradient, as arithmetic in dtype does at least."""
-
-    def rounded(_module, _inputs, output):
-        if isinstance(output, Tensor):
-            return Rounded.apply(output, dtype)
-        return (Rounded.apply(output[0], dtype), *output[1:]) if isinstance(output, tuple) else output
-
-    for module in model.modules():
-        module.register_forward_hook(rounded)
+        base = self.base_layer
+        return plain_lora_linear(x, base.weight, base.bias, self.lora_a, self.lora_b, SCALE)
 
 
 def exact_step(
@@ -148,7 +121,7 @@ def exact_step(
 ) -> list[Tensor]:
     """Mean loss, adapters' gradients and logits by transformers in float64, each document alone.
 
-    rounded_to rounds what each module returns, for an estimate of what a dtype's roundings alone do.
+    rounded_to rounds what each module returns: what the dtype costs at best.
     """
     model = copy.deepcopy(base).double().eval().requires_grad_(False)
     leaves = [tensor.detach().double().requires_grad_() for tensor in adapters]
@@ -156,7 +129,7 @@ def exact_step(
         attention = block.self_attention
         attention.query_key_value = PlainLora(attention.query_key_value, *leaves[2 * index : 2 * index + 2])
     if rounded_to is not None:
-        round_results(model, rounded_to)
+        round_modules(model, rounded_to)
     logits = torch.zeros(*ids.shape, base.config.vocab_size, dtype=torch.float64, device=ids.device)
     total, labels = torch.zeros((), dtype=torch.float64, device=ids.device), 0
     gradients = [torch.zeros_like(leaf) for leaf in leaves]
@@ -178,28 +151,20 @@ def exact_step(
     return [total / labels, *(gradient / (labels * LOSS_SCALE) for gradient in gradients), logits]
 
 
-def rounding_bounds(exact: list[Tensor], rounded: list[Tensor], dtype: torch.dtype) -> list[float | None]:
-    """Bounds in 16 bits: twice the error that rounding each module's result causes; None leaves the rule.
-
-    A model amplifies roundings by as much as its weights say, which no count of them tells. A result of one
-    number may be right by chance: hence at least eps.
-    """
-    if dtype.itemsize != 2:
-        return [None] * len(exact)
-    eps = torch.finfo(dtype).eps
-    return [max(eps, 2 * relative_error(one, right)) for one, right in zip(rounded, exact, strict=True)]
+def rounding_bounds(
+    exact: list[Tensor], rounded: list[Tensor], base: BloomForCausalLM, labels: int
+) -> list[float]:
+    """What may be off at most in the loss, each gradient and the logits, by `baselines.rounded_model`."""
+    terms = max(4 * base.config.hidden_size, base.config.vocab_size)
+    loss = loss_bound(exact[0].item(), rounded[0].item(), base.dtype, labels, terms)
+    pairs = zip(exact[1:], rounded[1:], strict=True)
+    return [loss, *(gradient_bound(right, once, base.dtype, terms) for right, once in pairs)]
 
 
 def compare_all(
-    findings: Findings,
-    base: BloomForCausalLM,
-    name: str,
-    got: list[Tensor],
-    exact: list[Tensor],
-    bounds: list[float | None],
+    findings: Findings, name: str, got: list[Tensor], exact: list[Tensor], bounds: list[float]
 ) -> None:
-    """Each result by its bound; in float32 by the rule, for all sums of the blocks one after another."""
-    terms = 2 * LAYERS * 16 * base.config.hidden_size + base.config.vocab_size
+    """Each result by its bound."""
     for index, (one, right, bound) in enumerate(zip(got, exact, bounds, strict=True)):
         result = f"{name}: {f'gradient {index}' if index else 'loss or logits'}"
-        findings.compare(result, one, right, one.dtype, operands=base.dtype, terms=terms, at_most=bound)
+        findings.compare(result, one, right, one.dtype, at_most=bound)

@@ -1,8 +1,4 @@
-<<<<<<<< HEAD:tests/lorakernels/test_interpreter_bfloat16.py
 """bfloat16 as a GPU has it, under the interpreter too: casts bit for bit torch's, products of the values."""
-========
-"""The correction of bfloat16 under the interpreter: casts bit for bit torch's, products those of values."""
->>>>>>>> work-d:tests/lorakernels/test_interpreter.py
 
 import pytest
 import torch

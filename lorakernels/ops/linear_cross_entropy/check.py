@@ -29,8 +29,7 @@ def exact_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: i
     return losses.masked_fill(labels == ignore_index, 0.0)
 
 
-def failures(
-    results: list[Tensor],
+def bounds(
     exact: list[Tensor],
     dtype: torch.dtype,
     *,
@@ -39,12 +38,11 @@ def failures(
     vocabulary: int,
     largest_logit: float,
     rounds_products: bool = False,
-) -> list[str]:
-    """One line for each of loss, dhidden and dweight that is further from float64 than it may be.
+) -> list[float]:
+    """The largest relative errors of loss, dhidden and, if made, dweight.
 
     Args:
-        results: the loss, reduced or not, and the gradients of hidden and, if made, of weight.
-        exact: the same in float64.
+        exact: the loss, reduced or not, and the gradients of hidden and weight in float64.
         dtype: that of hidden and weight.
         rows, width, vocabulary: T, H and V; the sums have V terms (dweight: T), those of the logits H.
         largest_logit: the largest absolute value among the logits.
@@ -62,13 +60,23 @@ def failures(
     if not rounds_products:
         of_a_logit = largest_error(exact[0], wide, operands=dtype, terms=width)
     through_logits = math.expm1(2 * of_a_logit * largest_logit)
-    lines = []
-    for name, got, right in zip(RESULTS[: len(exact)], results, exact, strict=True):
+    roundings = 3 if rounds_products else 1
+    found = []
+    for name, right in zip(RESULTS, exact, strict=False):
         expected = wide if name == "loss" else dtype
         terms = rows if name == "dweight" else vocabulary
-        roundings = 3 if rounds_products else 1
         allowed = largest_error(right, expected, operands=dtype, terms=terms, roundings=roundings)
-        error, bound = relative_error(got, right), allowed + through_logits
+        found.append(allowed + through_logits)
+    return found
+
+
+def failures(results: list[Tensor], exact: list[Tensor], dtype: torch.dtype, **sizes) -> list[str]:
+    """One line for each of loss, dhidden and dweight that is further from float64 than `bounds` allows."""
+    lines = []
+    allowed = bounds(exact, dtype, **sizes)
+    for name, got, right, bound in zip(RESULTS[: len(exact)], results, exact, allowed, strict=True):
+        expected = statistics_dtype(dtype) if name == "loss" else dtype
+        error = relative_error(got, right)
         if got.dtype != expected:
             lines.append(f"{name}: {got.dtype} in place of {expected}")
         if not error <= bound:
