@@ -20,7 +20,7 @@ def off_by(exact: torch.Tensor, error: float, dtype: torch.dtype) -> torch.Tenso
 
 @pytest.fixture(scope="module")
 def problem() -> check.Problem:
-    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(9)).div(K**0.5)
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).div(K**0.5)
     return check.random_problem(M, weight.bfloat16(), R, torch.float32)
 
 
@@ -69,7 +69,7 @@ def test_thin_factors_in_16_bits_do_not(problem, exact):
 @pytest.mark.parametrize("scale", [4.0, -0.1])
 @pytest.mark.parametrize("size", [0.02, 3.0])
 def test_no_part_of_a_random_problem_is_negligible(size, scale):
-    weight = size * torch.randn(200, 300, generator=torch.Generator().manual_seed(9))
+    weight = size * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     problem = check.random_problem(400, weight, 8, torch.float32, scale=scale)
     y, dx = check.exact_results(problem).results[:2]
     frozen_y, frozen_dx = problem.x @ weight.T, problem.dy @ weight

@@ -68,7 +68,8 @@ def random_problem(
     bias shows. The global random state is left alone.
     """
     (n, k), device = weight.shape, weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    # far from the seeds of callers, who may have drawn the weight with one: x must not repeat it
+    generator = torch.Generator(device).manual_seed(2**31 + seed)
     norm = torch.linalg.vector_norm(weight.detach(), dtype=wide_dtype(weight.dtype))
     frozen = float(norm) / math.sqrt(n) or 1.0
 
