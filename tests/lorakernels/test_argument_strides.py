@@ -172,6 +172,8 @@ def test_implementations_of_linear_cross_entropy(implementation, chosen, saved, 
     losses, statistics, unscaled = run.forward(hidden, weight, labels, True)
     kept = [LAYOUTS[layout](one) for layout, one in zip(saved, (losses, statistics), strict=True)]
     weight_gradient = run.weight_gradient(hidden, weight, labels, *kept, row_gradient)
+    # which is what a compiler is told
+    assert weight_gradient.stride() == torch.empty_like(weight).stride()
     results = [losses, unscaled * row_gradient[:, None], weight_gradient]
     assert_close(results, exact_loss(hidden, weight, labels, row_gradient), 1e-4)
 
