@@ -1,4 +1,4 @@
-"""The correction of bfloat16 under the interpreter: casts bit for bit torch's, products those of values."""
+"""The mend of bfloat16 under the interpreter: casts bit for bit torch's, products those of the values."""
 
 import pytest
 import torch
