@@ -133,9 +133,3 @@ def structured_deviations(
 
 def _block_rows(tensor: Tensor) -> int:
     return max(1, BLOCK_ELEMENTS * len(tensor) // max(1, tensor.numel()))
-
-
-def error_bound(plain_error: float, dtype: torch.dtype, elements: int) -> float:
-    """The largest error that passes for a result of dtype, given that of the plain expression."""
-    eps = torch.finfo(dtype).eps
-    return 1.2 * plain_error + (eps / math.sqrt(max(elements, 1)) if dtype.itemsize == 2 else 4 * eps)

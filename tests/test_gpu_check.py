@@ -20,7 +20,9 @@ from benchmarks.gpu_check.pool import Item, Setting
 from bloomft import fused_model
 from bloomft.checkpoint import TrainingState, save_checkpoint
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+KERNELS = INTERPRETED or DEVICE == "cuda"
 
 
 def compare(findings, got):
@@ -94,7 +96,7 @@ def test_no_fault_reaches_another_item(tmp_path):
     faulty = [
         Item("crashing", crashing),
         Item("raising", raising),
-        Item("hanging", hanging, limit=5.0),
+        Item("hanging", hanging, limit=2.0),
     ]
     others = [Item(f"right {n}", right) for n in range(4)]
     items = [item for pair in zip(faulty, others[:3], strict=True) for item in pair] + others[3:]
@@ -105,7 +107,7 @@ def test_no_fault_reaches_another_item(tmp_path):
     assert "ended by signal SIGSEGV" in found["crashing"]["detail"]
     assert "the last words" in found["crashing"]["detail"]
     assert found["raising"]["detail"].startswith("RuntimeError: no such kernel")
-    assert "no result within the item's limit of 5 s" in found["hanging"]["detail"]
+    assert "no result within the item's limit of " in found["hanging"]["detail"]
 
 
 def test_the_limit_lists_what_did_not_run(tmp_path, capsys):
@@ -196,6 +198,8 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_operator_is_found(mutation, monkeypatch, tmp_path):
     name, broken, item_check, arguments = MUTATIONS[mutation]
+    if item_check.__module__ == lora_items.__name__ and not KERNELS:
+        pytest.skip("launches a Triton kernel: needs a CUDA device, or TRITON_INTERPRET=1")
     module = fused_model if item_check is model_items.check_model else sys.modules[item_check.__module__]
     monkeypatch.setattr(module, name, broken(getattr(module, name)))
     findings = Findings()
