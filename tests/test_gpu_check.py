@@ -188,7 +188,7 @@ MUTATIONS = {
     "dropout": ("lora_linear", without_dropout, lora_items.check_dropout, {"dtype": "fp32"}),
     "documents": ("alibi_attention", only_tensors, attention_items.check_packed, {"head_dim": 8}),
     "bias": ("alibi_attention", without_bias, attention_items.check_lengths, {"dtype": "bf16"}),
-    "loss": ("linear_cross_entropy", scaled, dense_items.check_loss, {"dtype": "bf16"}),
+    "loss": ("linear_cross_entropy", scaled, dense_items.check_loss, {"dtype": "fp32"}),
     "frozen": ("frozen_linear", scaled, dense_items.check_frozen, {"dtype": "bf16"}),
     "model": ("alibi_attention", only_tensors, model_items.check_model, MODEL),
     "labels": ("shift_labels", ignoring_documents, model_items.check_model, MODEL),

@@ -15,7 +15,7 @@ import torch
 
 from lorakernels.ops.lora_linear import aten, check, implementations, kernels
 from lorakernels.ops.lora_linear import triton as launchers
-from tests.lorakernels.test_lora_linear_dropout import mask_of
+from lorakernels.ops.lora_linear.reference import keep_mask
 
 DTYPES = (torch.bfloat16, torch.float16)
 M, N, K, R = 150, 90, 140, 5  # no multiple of any block, and every sum is split
@@ -122,7 +122,8 @@ def wrong_results(run, problem: check.Problem, *dropout, roundings: int = 1) -> 
     """The names of those that the check finds wrong; dropout is its probability and seed."""
     multiplier = None
     if dropout:
-        multiplier = mask_of("triton", M, K, *dropout) / (1 - dropout[0])
+        dropout_p, seed = dropout
+        multiplier = keep_mask(seed, M, K, dropout_p) / (1 - dropout_p)
     results = check.run_results(run.forward, run.backward, problem, *dropout)
     lines = check.failures(results, problem, multiplier, roundings=roundings)
     return {line.split(":")[0].split()[0] for line in lines}
