@@ -282,7 +282,7 @@ def test_the_leftover_of_another_corpus_goes_too_unless_it_is_being_built(texts,
     for folder in (dead, alive):
         folder.mkdir(parents=True)
     with open("cache/tokens-0b.lock", "ab") as lock:
-        assert token_cache._lock(lock, wait=False)
+        assert token_cache.lock_file(lock, wait=False)
         build(tokenizer)
         assert not dead.exists()
         assert alive.exists()
