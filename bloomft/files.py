@@ -6,7 +6,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,8 +81,9 @@ class AppendedFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            self._file.truncate(start)
-            self._file.seek(start)
+            with suppress(OSError):  # a device cannot be cut
+                self._file.truncate(start)
+                self._file.seek(start)
             raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
 
     def sync(self) -> None:

@@ -209,11 +209,11 @@ def _check_like(value: Any, fresh: Any, place: str) -> None:
             raise ValueError(f"{place} is {tuple(value.shape)} {value.dtype}, expected {tuple(fresh.shape)}")
         if not value.isfinite().all():
             raise ValueError(f"{place} is not finite")
-    elif not (value is None or fresh is None or (_is_plain(value) and _is_plain(fresh))):
+    elif not (value is None or fresh is None or _are_alike(value, fresh)):
         raise ValueError(f"{place} is a {type(value).__name__}, expected a {type(fresh).__name__}")
     elif isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{place} is not a number")
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
+def _are_alike(left: Any, right: Any) -> bool:
+    return any(isinstance(left, kind) and isinstance(right, kind) for kind in (str, bool | int | float))

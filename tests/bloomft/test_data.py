@@ -148,6 +148,14 @@ def test_batches_are_endless_epochs_and_a_position_is_exact(sizes, batch_size, r
         assert len(set(every_row)) == rows
 
 
+def test_the_rows_of_a_batch_are_those_from_its_position_on():
+    dataset = make_dataset([9] * 7, 9)
+    rows = [dataset.batch(position, 1)["input_ids"][0] for position in range(20)]
+    for position, size in ((0, 5), (3, 4), (5, 9), (13, 7)):
+        batch = dataset.batch(position, size)["input_ids"]
+        assert torch.equal(batch, torch.stack(rows[position : position + size]))
+
+
 def test_epochs_differ_and_random_state_decides():
     def order(random_state, epoch):
         dataset = make_dataset([9] * 50, 9, random_state=random_state)

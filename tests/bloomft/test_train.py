@@ -209,6 +209,46 @@ def test_a_bounded_held_out_loss_is_the_same_for_every_batch_size(
     assert evaluate(patched, heldout, 4) != pytest.approx(bounded, rel=1e-5)
 
 
+def test_copies_of_a_text_are_held_out_together_or_not_at_all(settings, config_path, corpus):
+    for index in range(40):
+        (corpus / f"{index:02}.txt").write_text(f"The text number {index % 4} of four, again and again.")
+    settings["data"]["packing"] = False
+    config = load_config(config_path(settings))
+    rows, heldout, _ = load_data(config, load_base(config.model.transformer))
+
+    def texts(dataset):
+        return {tuple(row.tolist()) for batch in dataset.eval_batches(1) for row in batch["input_ids"]}
+
+    assert len(texts(rows)) == 3
+    assert len(texts(heldout)) == 1
+    assert not texts(rows) & texts(heldout)
+
+
+def test_the_split_has_a_seed_of_its_own_and_defaults_to_random_state(settings, config_path):
+    path = config_path(settings)
+
+    def load(*overrides):
+        config = load_config(path, overrides)
+        _, heldout, identity = load_data(config, load_base(config.model.transformer))
+        return sorted(map(str, (batch["input_ids"] for batch in heldout.eval_batches(1)))), identity
+
+    held, identity = load()
+    assert load("data.split_state=42") == (held, identity)
+    assert load("data.random_state=7", "data.split_state=42")[0] == held
+    other, other_identity = load("data.split_state=7")
+    assert other != held
+    assert other_identity != identity
+    assert load("data.random_state=7")[0] == other
+
+
+def test_the_log_counts_what_was_skipped_on_a_cached_run_too(run, corpus):
+    (corpus / "98.txt").write_bytes(b"\xff\xfe\xfa")
+    (corpus / "99.txt").write_text("")
+    folder = run(optim__scheduler__num_training_steps=2).run_dir
+    run(optim__scheduler__num_training_steps=3)
+    assert (folder / "log").read_text().count("(skipped: 1 with invalid UTF-8, 1 empty)") == 2
+
+
 def test_vectors_get_no_weight_decay(settings, config_path):
     config = load_config(config_path(settings))
     model = torch.nn.Linear(3, 3)
