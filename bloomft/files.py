@@ -48,7 +48,7 @@ def lock_file(file: BinaryIO, *, wait: bool) -> bool | None:
     """Lock an open file until it is closed; False where another holds it, None where locks do not exist.
 
     The lock is the kernel's (flock): it ends with the process that holds it, however that ends. Containers
-    on one host share it, and so do the clients of one NFS server.
+    on one host share it, and so do the clients of one NFS server unless they mount it with ``local_lock``.
     """
     try:
         import fcntl

@@ -166,12 +166,16 @@ def _file_states(files: Sequence[Path]) -> list[Any]:
         if str(file) == INSTALLED_READMES:
             states.append(installed_readmes())
             continue
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}; mend or leave it out") from error
+        status = _status(file)
         states.append((status.st_ino, status.st_size, status.st_mtime_ns))
     return states
+
+
+def _status(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; repair it or leave it out") from error
 
 
 def _content_key(files: Sequence[Path], tokenizer_json: str, eos: int) -> str:
@@ -191,7 +195,7 @@ def _content_key(files: Sequence[Path], tokenizer_json: str, eos: int) -> str:
                     while data := source.read(READ_BYTES):
                         content.update(data)
             except OSError as error:
-                raise UserError(f"cannot read {file}: {error.strerror}; mend or leave it out") from error
+                raise UserError(f"cannot read {file}: {error.strerror}; repair it or leave it out") from error
         key.update(f"{kind} {content.hexdigest()}\n".encode())
     return key.hexdigest()
 
@@ -286,7 +290,7 @@ def _write_cache(folder: Path, files: Sequence[Path], tokenizer_json: str, eos: 
     report = ReadReport()
     started = time.perf_counter()
     total = sum(
-        sum(map(len, installed_readmes())) if str(file) == INSTALLED_READMES else file.stat().st_size
+        sum(map(len, installed_readmes())) if str(file) == INSTALLED_READMES else _status(file).st_size
         for file in files
     )
     with (

@@ -7,7 +7,7 @@ that was never interrupted.
 if __name__ == "__main__":
     from bloomft.signals import watch_signals
 
-    watch_signals()  # importing torch takes seconds, in which a signal shall not be lost either
+    watch_signals()  # before torch is imported, which takes seconds
 
 import argparse
 import hashlib
@@ -66,7 +66,7 @@ def train(config: Config) -> TrainResult:
     returns; before there is anything to save, `Stopped` is raised at once. Raises `UserError` for whatever
     the user can correct.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training runs in one process; start it without torchrun"
         )
@@ -75,8 +75,7 @@ def train(config: Config) -> TrainResult:
     run_dir = Path(config.train.output_dir)
     with stop_signals() as stop, exclusive_folder(run_dir, anew=config.train.resume == "never") as notes:
         last = run_dir / LAST
-        kept = f"{last} is as it was" if last.exists() else "nothing is saved yet"
-        with stop.at_once(f"stopped before training began; {kept}; the same command starts again"):
+        with stop.at_once(f"stopped before training began; {_kept(last)}; the same command starts again"):
             resumption = find_resumption(config)
             base = load_base(config.model.transformer)
             data, heldout, data_identity = load_data(config, base)
@@ -120,7 +119,7 @@ def _loop(
 
     def check_finite() -> None:
         if wrong := run.non_finite(grad_norm):
-            kept = "nothing is saved" if saved is None else f"{last} still holds step {saved}"
+            kept = _kept(last) if saved is None else f"{last} still holds step {saved}"
             raise UserError(
                 f"step {run.step}: not finite: {', '.join(wrong)} (loss "
                 f"{run.window_loss.item() / max(run.window_labels, 1):.4g}, gradient norm "
@@ -268,6 +267,11 @@ def evaluate(
         progress(done, num_rows)
     model.train(was_training)
     return total.item() / labels
+
+
+def _kept(last: Path) -> str:
+    """What a run that has not saved anything itself says of its folder."""
+    return f"{last} is as it was" if last.exists() else "nothing is saved yet"
 
 
 def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -107,6 +107,15 @@ def test_damaged_kernel_choices_are_one_line(tmp_path, text):
         restore_kernel_choices(tmp_path)
 
 
+def test_an_evaluation_has_a_bar_of_its_own_while_it_lasts(log_at):
+    with log_at(0) as log:
+        with log.evaluation() as progress:
+            progress(3, 12)
+            (task,) = [task for task in log._bar.tasks if task.description == "held-out row"]
+            assert (task.completed, task.total) == (3, 12)
+        assert [task.description for task in log._bar.tasks] == ["step"]
+
+
 @pytest.fixture
 def tensorboard(monkeypatch):
     """Stands in for TensorBoard's writer: what it was given, and from which step earlier lines are void."""
