@@ -124,11 +124,15 @@ class RunState:
 
     def _check_fit(self, state: TrainingState) -> None:
         """ValueError where torch would take what it is given and fail later, or read past its end."""
-        _check_like(state.scheduler, self.scheduler.state_dict(), "scheduler")
+        # Keys with an underscore are torch's own, and other versions have others.
+        _check_like(_public(state.scheduler), _public(self.scheduler.state_dict()), "scheduler")
         if state.scaler and self.scaler.is_enabled():
             _check_like(state.scaler, self.scaler.state_dict(), "scaler")
         _check_like(state.rng["cpu"], torch.get_rng_state(), "rng.cpu")
-        groups, fresh = state.optimizer["param_groups"], self.optimizer.state_dict()["param_groups"]
+        groups, fresh = (
+            [{key: group[key] for key in ("params", "lr")} for group in saved["param_groups"]]
+            for saved in (state.optimizer, self.optimizer.state_dict())
+        )
         _check_like(groups, fresh, "optimizer.param_groups")
         if [group["params"] for group in groups] != [group["params"] for group in fresh]:
             raise ValueError("optimizer.param_groups number other parameters")
@@ -189,6 +193,10 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> torch.op
         raise UserError(
             f"optim.scheduler: {settings.name}: {error}; see scheduler_specific_kwargs"
         ) from error
+
+
+def _public(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not key.startswith("_")}
 
 
 def _check_like(value: Any, fresh: Any, place: str) -> None:

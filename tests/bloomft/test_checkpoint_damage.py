@@ -134,6 +134,7 @@ MISFITS = {
     "groups of other parameters": lambda content: content["optimizer"]["param_groups"][0].update(
         params=[3, 2, 1, 0]
     ),
+    "a group without a learning rate": lambda content: content["optimizer"]["param_groups"][0].pop("lr"),
     "groups without parameters": lambda content: content["optimizer"].update(param_groups=[]),
 }
 
@@ -161,6 +162,23 @@ def test_content_that_does_not_fit_the_run_is_one_line(run, settings):
         assert "\n" not in str(caught.value), name
     path.write_bytes(whole)
     assert run().step == 8
+
+
+def test_what_another_version_of_torch_keeps_beside_it_is_no_misfit(run, settings, tmp_path):
+    whole = run().run_dir
+
+    def other_version(content):
+        content["scheduler"].pop("_step_count")
+        content["scheduler"]["_of_a_later_version"] = True
+        for group in content["optimizer"]["param_groups"]:
+            group.pop("capturable")
+            group["of_a_later_version"] = None
+
+    other = tmp_path / "other.ckpt"
+    other.write_bytes((whole / "step-4.ckpt").read_bytes())
+    rewrite(other, other_version)
+    settings["train"] |= {"output_dir": str(tmp_path / "again"), "resume": str(other)}
+    assert same_adapters(run().run_dir / "last.ckpt", whole / "last.ckpt")
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged", "two damaged"])
