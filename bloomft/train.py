@@ -319,11 +319,12 @@ def main(arguments: Sequence[str]) -> None:
         prog="python -m bloomft.train", usage="%(prog)s CONFIG [key=value ...]", description=__doc__
     )
     parser.add_argument("config", help="the YAML file of the run")
-    _, config = parse_command(parser, arguments)
-    setup_process()
-    quiet_transformers()
-    if train(config).stopped:
-        sys.exit(EXIT_STOPPED)
+    with stop_signals():
+        _, config = parse_command(parser, arguments)
+        setup_process()
+        quiet_transformers()
+        if train(config).stopped:
+            sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

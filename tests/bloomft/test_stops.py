@@ -109,7 +109,9 @@ def test_a_stop_in_an_evaluation_loses_nothing(settings, command, monkeypatch, t
     assert metrics == [12, 12]
 
 
-@pytest.mark.parametrize("name", ["find_resumption", "load_base", "build_token_cache", "patch_base"])
+@pytest.mark.parametrize(
+    "name", ["parse_command", "find_resumption", "load_base", "build_token_cache", "patch_base"]
+)
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_stop_before_training_says_what_there_is(settings, command, monkeypatch, name, saved):
     run = Path(settings["train"]["output_dir"])
