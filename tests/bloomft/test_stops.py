@@ -181,6 +181,7 @@ def test_a_thread_leaves_signals_to_whoever_owns_them(settings, config_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_sigterm_to_the_process_itself(settings, config_path, tmp_path):
     """Once while it imports, once while it trains: the two moments that only a process of its own has."""
     settings["optim"]["scheduler"]["num_training_steps"] = 4000
@@ -199,7 +200,10 @@ def test_sigterm_to_the_process_itself(settings, config_path, tmp_path):
     importing, training = start("other"), start("run")
     status = Path(f"/proc/{importing.pid}/status")
     # SIGTERM is number 15: its bit in the mask of caught signals says that the handler is there.
-    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> 14 & 1:
+    while (
+        importing.poll() is None
+        and not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> 14 & 1
+    ):
         time.sleep(0.001)
     importing.send_signal(signal.SIGTERM)
     while training.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
