@@ -136,7 +136,7 @@ def test_batch(benchmark, lengths):
     wrong = [] if (steps[is_label] == 1).all() else ["a label that does not follow its token in the corpus"]
     wrong += [] if dataset.num_supervised_tokens == len(tokens) - len(lengths) else ["labels are missing"]
     interleave.require_right({OURS: wrong})
-    rivals = {SLICES: slices, OURS: lambda: dataset.batch(next(numbers), 8)}
+    rivals = {SLICES: slices, OURS: lambda: dataset.batch(8 * next(numbers), 8)}
     counts = {"unit": "tokens", "number": 8 * MAX_LENGTH}
     title = f"batches of 8 x {MAX_LENGTH} tokens"
     interleave.compare(benchmark, rivals, floor=SLICES, rounds=50, title=title, counts=counts)

@@ -1,24 +1,39 @@
 """Checkpoints: everything a run needs to go on, and never the frozen base.
 
-A checkpoint is one dictionary of tensors and plain values, written by ``torch.save`` and read with
-``weights_only=True``. `TrainingState` says what stands in it.
+A checkpoint is one dictionary of tensors and plain values, a zip file as ``torch.save`` writes it, which
+``torch.load(weights_only=True)`` reads. `TrainingState` says what stands in it. The zip's comment, its last
+bytes, is a hash of all bytes before it, so that no damage goes unnoticed.
 """
 
 import dataclasses
+import hashlib
 import io
-import pickle
+import math
+import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from bloomft.config import LoraConfig
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 LAST = "last.ckpt"
+
+_DIGEST_MARK = b"bloomft blake2b "
+_DIGEST_BYTES = 32
+_DIGEST_RECORD_BYTES = len(_DIGEST_MARK) + 2 * _DIGEST_BYTES
+_ZIP_START, _ZIP_END, _ZIP_END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
+
+
+class DamagedCheckpointError(UserError):
+    """The bytes of a checkpoint are not those that were written, or never were a checkpoint's."""
 
 
 @dataclass
@@ -27,7 +42,7 @@ class TrainingState:
 
     Attributes:
         step: optimizer steps done.
-        position: micro-batches consumed, the place in the endless sequence of epochs.
+        position: rows consumed, the place in the endless sequence of epochs.
         adapters: name to float32 tensor, every lora_a and lora_b.
         optimizer, scheduler, scaler: their state dicts; ``scaler`` is empty without fp16.
         rng: generator states by device, "cpu" and "cuda:<index>".
@@ -59,27 +74,48 @@ def save_checkpoint(state: TrainingState, run_dir: Path, *, keep: bool) -> None:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **fields}, buffer)
+    _append_digest(buffer)
     if keep:
-        write_atomically(run_dir / f"step-{state.step}.ckpt", buffer.getvalue())
-    write_atomically(run_dir / LAST, buffer.getvalue())
+        write_atomically(run_dir / f"step-{state.step}.ckpt", buffer.getbuffer())
+    write_atomically(run_dir / LAST, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> TrainingState:
-    """Read a checkpoint onto the CPU. Raises `UserError` if it is missing, damaged or something else."""
+    """Read a checkpoint onto the CPU.
+
+    Files of format 1, which counted micro-batches and had no hash of their own, are converted. Raises
+    `DamagedCheckpointError` if bytes have changed or it never was one, `UserError` if it cannot be read or
+    holds what no run writes.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}") from error
+    has_digest = raw[-_DIGEST_RECORD_BYTES:].startswith(_DIGEST_MARK)
     try:
+        if not (_digest_matches(raw) if has_digest else _is_intact_zip(raw)):
+            raise ValueError("its bytes are not those that were written")
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a checkpoint of bloomft, or a damaged one") from error
+    except Exception as error:  # arbitrary bytes make the readers of zip and pickle raise anything
+        raise DamagedCheckpointError(f"{path}: not a checkpoint of bloomft, or a damaged one") from error
     names = {field.name for field in dataclasses.fields(TrainingState)}
-    if not isinstance(content, dict) or not names <= content.keys():
+    if not isinstance(content, dict) or not names | {"format"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of bloomft")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {content['format']}; this program reads format {FORMAT}")
-    return TrainingState(**{name: content[name] for name in names})
+    if content["format"] not in (1, FORMAT):
+        raise UserError(
+            f"{path}: checkpoint format {content['format']!r:.40}; this program reads formats 1 and {FORMAT}"
+        )
+    if content["format"] == FORMAT and not has_digest:
+        raise DamagedCheckpointError(f"{path}: a damaged checkpoint: the hash at its end is missing")
+    wrong = [name for name, rule in _RULES.items() if not _holds(rule, content[name])]
+    state = TrainingState(**{name: content[name] for name in names})
+    if not wrong and not _ranks_agree(state):
+        wrong = ["adapters"]
+    if wrong:
+        raise UserError(f"{path}: not a checkpoint of bloomft: no run writes such a value of {wrong[0]!r}")
+    if content["format"] == 1:
+        state.position *= OmegaConf.create(state.config).train.batch_size
+    return state
 
 
 def find_checkpoint(given: str, run_dir: Path) -> Path:
@@ -119,3 +155,99 @@ def restore_rng_states(states: dict[str, Tensor]) -> None:
     for name, state in states.items():
         if name != "cpu" and int(name.removeprefix("cuda:")) < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, name)
+
+
+def _append_digest(buffer: io.BytesIO) -> None:
+    """Give the zip file in ``buffer`` its hash as the comment that the format has room for at the end."""
+    end = buffer.seek(-_ZIP_END_BYTES, os.SEEK_END)
+    if bytes(buffer.getbuffer()[end : end + 4]) != _ZIP_END:
+        raise RuntimeError("torch.save wrote a zip file that ends in another way than expected")
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(_DIGEST_RECORD_BYTES.to_bytes(2, "little"))
+    buffer.write(_DIGEST_MARK + _digest(buffer.getbuffer()))
+
+
+def _digest(content: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest().encode()
+
+
+def _digest_matches(raw: bytes) -> bool:
+    return raw[-2 * _DIGEST_BYTES :] == _digest(memoryview(raw)[:-_DIGEST_RECORD_BYTES])
+
+
+def _is_intact_zip(raw: bytes) -> bool:
+    """For files without a hash of their own: the zip's checksums, which torch does not look at."""
+    if not raw.startswith(_ZIP_START):
+        return False
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        return file.testzip() is None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_adapters(value: Any) -> bool:
+    return bool(value) and all(
+        name.endswith((".lora_a", ".lora_b"))
+        and tensor.dtype == torch.float32
+        and tensor.ndim == 2
+        and bool(tensor.isfinite().all())
+        for name, tensor in value.items()
+    )
+
+
+def _is_rng(value: Any) -> bool:
+    return "cpu" in value and all(
+        state.dtype == torch.uint8 and (name == "cpu" or name.removeprefix("cuda:").isdecimal())
+        for name, state in value.items()
+    )
+
+
+def _is_config(value: Any) -> bool:
+    plain = OmegaConf.create(value)
+    return (
+        isinstance(value, str)
+        and isinstance(plain.optim.scheduler.name, str)
+        and 0 < plain.train.batch_size < 2**31
+    )
+
+
+def _is_lora(value: Any) -> bool:
+    known = LoraConfig(**value)
+    return (
+        known.lora_dim >= 1
+        and math.isfinite(known.lora_scale)
+        and 0 <= known.lora_dropout < 1
+        and isinstance(known.attention_layer_name, str | list)
+    )
+
+
+# What each field of a checkpoint must be for `_holds`.
+_RULES = {
+    "step": _is_count,
+    "position": _is_count,
+    "adapters": _is_adapters,
+    "optimizer": lambda value: {"state", "param_groups"} == value.keys(),
+    "scheduler": lambda value: bool(value.keys()),
+    "scaler": lambda value: isinstance(value, dict),
+    "rng": _is_rng,
+    "window": lambda value: math.isfinite(value["loss"]) and _is_count(value["labels"]),
+    "base_eval_loss": lambda value: value is None or isinstance(value, float),
+    "config": _is_config,
+    "lora": _is_lora,
+    "base": lambda value: all(isinstance(value[key], str) for key in ("name", "fingerprint")),
+    "data": lambda value: isinstance(value, str),
+}
+
+
+def _holds(rule: Any, value: Any) -> bool:
+    try:
+        return bool(rule(value))
+    except Exception:  # a value of another kind fails the rule in whatever way
+        return False
+
+
+def _ranks_agree(state: TrainingState) -> bool:
+    rank = state.lora.get("lora_dim", LoraConfig.lora_dim)
+    return all(value.shape[0 if name.endswith("a") else 1] == rank for name, value in state.adapters.items())

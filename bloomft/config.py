@@ -59,6 +59,12 @@ class DataConfig:
     )
     max_length: int = _key(MISSING, "tokens in a row", at_least=2)
     random_state: int = _key(42, "seed of split, order, adapters and dropout", at_least=0, below=2**63)
+    split_state: int | None = _key(
+        None,
+        "seed of the held-out split alone; default `random_state`",
+        at_least=0,
+        below=2**63,
+    )
     packing: bool = _key(True, "several short documents in one row, without attention between them")
     heldout_fraction: float = _key(
         0.05, "share of the documents kept for the held-out loss", at_least=0, below=1
@@ -148,7 +154,12 @@ class TrainConfig:
     eval_every_n_steps: int = _key(
         500, "optimizer steps between held-out losses; 0 for the last step alone", at_least=0
     )
-    eval_max_batches: int = _key(100, "batches of held-out rows in an evaluation, at most", at_least=1)
+    eval_max_batches: int = _key(
+        100,
+        "bound of an evaluation in batches of 8192 tokens, whatever `batch_size` is: the same random "
+        "held-out rows each time",
+        at_least=1,
+    )
     precision: str = _key(
         "auto",
         "dtype of the frozen base (adapters stay fp32); auto is bf16 on CUDA and fp32 on a CPU",

@@ -11,24 +11,43 @@ from bloomft.token_cache import TokenCache
 IGNORE_INDEX = -100
 PADDING_ID = -1  # document id of padding: a run of its own, which attends to nothing real
 
+# Of an evaluation's batches, as its bound counts them; its real batches may have any size.
+EVAL_BATCH_TOKENS = 8192
+
 # What a permutation is drawn for: one of these, so that no two uses share their randomness.
-_SPLIT, _PACKING, _EPOCH = range(3)
+_SPLIT, _PACKING, _EPOCH, _EVALUATION = range(4)
 
 
 def split_documents(
-    num_documents: int, heldout_fraction: float, random_state: int
+    contents: np.ndarray, heldout_fraction: float, random_state: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out document ids, both sorted [n] int64, chosen by ``random_state`` (>= 0) alone.
 
-    ``heldout_fraction`` in [0, 1) is rounded to whole documents: at least one where it is above zero and
-    there are two to share, and never all of them.
+    ``contents`` [documents] int64 numbers the texts from 0, see `TokenCache.contents`: documents with equal
+    numbers never stand on both sides. ``heldout_fraction`` in [0, 1) is rounded to whole documents: at least
+    one where it is above zero and there are two texts to share, and never all of them. Texts are held out in
+    random order as long as they fit; where none fits, the one with the fewest documents.
     """
-    heldout = round(num_documents * heldout_fraction)
+    num_documents = len(contents)
+    wanted = round(num_documents * heldout_fraction)
     if heldout_fraction > 0:
-        heldout = max(heldout, 1)
-    heldout = max(min(heldout, num_documents - 1), 0)
-    order = _permutation(num_documents, random_state, _SPLIT)
-    return np.sort(order[heldout:]), np.sort(order[:heldout])
+        wanted = max(wanted, 1)
+    copies = np.bincount(contents)
+    if len(copies) < 2 or not wanted:
+        return np.arange(num_documents), np.arange(0)
+    wanted = min(wanted, num_documents - 1)
+    order = contents[_permutation(num_documents, random_state, _SPLIT)]
+    texts = order[np.sort(np.unique(order, return_index=True)[1])]
+    sizes = copies[texts]
+    chosen, count = [], 0
+    for text, size in zip(texts.tolist(), sizes.tolist(), strict=True):
+        if count + size <= wanted:
+            chosen.append(text)
+            count += size
+        if count == wanted:
+            break
+    heldout = np.isin(contents, chosen or texts[sizes.argmin()])
+    return np.flatnonzero(~heldout), np.flatnonzero(heldout)
 
 
 class PackedDataset:
@@ -37,7 +56,8 @@ class PackedDataset:
     A longer document is cut into windows that overlap by one token, so that each of its tokens but the first
     is a label exactly once. With ``packing``, pieces share rows under ids of their own; without, each piece
     is a row. A piece that has no label, all of it prompt, is left out. Only a few numbers a piece are in
-    memory; the tokens stay in the cache. ``random_state`` >= 0 decides all order.
+    memory; the tokens stay in the cache. ``random_state`` >= 0 decides all order. ``report`` is what reading
+    the files of the whole cache found.
 
     The labels are the input ids, not shifted, with -100 for prompt, padding and the first token of a piece,
     which nothing before it predicts: ``labels != -100`` counts exactly what a step learns from.
@@ -61,6 +81,7 @@ class PackedDataset:
             )
         self.max_length = max_length
         self.packing = packing
+        self.report = cache.report
         self._tokens = cache.tokens
         self._pad_token_id = pad_token_id
         self._random_state = random_state
@@ -94,27 +115,42 @@ class PackedDataset:
             return 1 - self.num_tokens / (len(self) * self.max_length)
         return 1 - self.num_tokens / int(self._padded(self._lengths).sum())
 
-    def batch(self, index: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """Micro-batch ``index`` >= 0 of an endless run of epochs: to resume, this one number is enough.
+    def batch(self, position: int, batch_size: int) -> dict[str, torch.Tensor]:
+        """Rows ``position`` >= 0 and on of an endless run of epochs: to resume, this one number is enough.
 
         Each epoch visits every row once, in an order drawn from ``random_state`` and the epoch alone; a batch
         may span epochs. Returns input_ids [B, T] int64, labels [B, T] int64 and document_ids [B, T] int32,
         which count 0, 1, 2... in a row and are -1 on its padding. T is ``max_length``; without packing it is
         the longest row of the batch, rounded up to a multiple of 8 but not beyond ``max_length``.
         """
-        if index < 0:
-            raise ValueError(f"index must be at least 0, got {index}")
-        first = index * batch_size
+        if position < 0:
+            raise ValueError(f"position must be at least 0, got {position}")
         rows = []
         while len(rows) < batch_size:
-            epoch, position = divmod(first + len(rows), len(self))
-            rows.extend(self._order(epoch)[position : position + batch_size - len(rows)].tolist())
+            epoch, at = divmod(position + len(rows), len(self))
+            rows.extend(self._order(epoch)[at : at + batch_size - len(rows)].tolist())
         return self._collate(rows)
 
-    def eval_batches(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Every row once, in a fixed order, in batches as `batch` returns them; the last may be smaller."""
-        for first in range(0, len(self), batch_size):
-            yield self._collate(range(first, min(first + batch_size, len(self))))
+    def eval_rows(self, max_batches: int | None = None) -> np.ndarray:
+        """The rows of an evaluation, sorted [n] int64: all, or a random choice that ``random_state`` fixes.
+
+        The choice holds at most ``max_batches`` times `EVAL_BATCH_TOKENS` tokens, and at least one row.
+        """
+        if max_batches is None:
+            return np.arange(len(self))
+        order = _permutation(len(self), self._random_state, _EVALUATION)
+        tokens = np.add.reduceat(self._lengths, self._row_offsets[:-1], dtype=np.int64)[order]
+        fitting = int(np.searchsorted(np.cumsum(tokens), max_batches * EVAL_BATCH_TOKENS, side="right"))
+        return np.sort(order[: max(fitting, 1)])
+
+    def eval_batches(
+        self, batch_size: int, max_batches: int | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Each of `eval_rows` once, in a fixed order, in batches as `batch` returns them; the last may be
+        smaller. Which rows they are does not depend on ``batch_size``."""
+        rows = self.eval_rows(max_batches)
+        for first in range(0, len(rows), batch_size):
+            yield self._collate(rows[first : first + batch_size].tolist())
 
     def _order(self, epoch: int) -> np.ndarray:
         known, order = self._epoch_order
@@ -126,7 +162,7 @@ class PackedDataset:
     def _padded(self, lengths: np.ndarray) -> np.ndarray:
         return np.minimum((lengths + 7) // 8 * 8, self.max_length)
 
-    def _collate(self, rows: list[int] | range) -> dict[str, torch.Tensor]:
+    def _collate(self, rows: list[int]) -> dict[str, torch.Tensor]:
         pieces = [range(self._row_offsets[row], self._row_offsets[row + 1]) for row in rows]
         width = self.max_length
         if not self.packing:

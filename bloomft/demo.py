@@ -5,6 +5,7 @@ this environment, and shows held-out losses and one prompt completed before and 
 """
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from bloomft.errors import UserError, run_command
 from bloomft.generate import Sampling, generate, load_for_generation
 from bloomft.model import quiet_transformers
 from bloomft.runtime import setup_process
+from bloomft.signals import EXIT_STOPPED
 from bloomft.train import train
 
 CONFIG = "configs/bloom-tiny.yaml"
@@ -34,8 +36,10 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(highlight=False)
     config = load_config(CONFIG, arguments)
     result = train(config)
+    if result.stopped:
+        sys.exit(EXIT_STOPPED)
     if result.eval_loss is None or result.base_eval_loss is None:
-        raise UserError(f"the run stopped at step {result.step}; the same command goes on from there")
+        raise UserError(f"{CONFIG}: nothing is held out, so there is no loss to compare")
 
     sampling = Sampling(max_new_tokens=90, temperature=0.7, top_p=0.9, seed=1)
     checkpoint = str(result.run_dir / "last.ckpt")

@@ -7,7 +7,6 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -119,8 +118,8 @@ def _save_merged(config: Config, base: Base, model, folder: Path) -> MergeShift:
     base.tokenizer.save_pretrained(folder)
     transformers_loss = None
     if heldout is not None and base.dtype.itemsize == 2:
-        batches = heldout.eval_batches(config.train.batch_size)
-        transformers_loss = _loss_by_document(model, islice(batches, config.train.eval_max_batches))
+        batches = heldout.eval_batches(config.train.batch_size, config.train.eval_max_batches)
+        transformers_loss = _loss_by_document(model, batches)
     return MergeShift(
         (merged - unmerged).abs().max().item(),
         unmerged.abs().max().item(),

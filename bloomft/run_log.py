@@ -2,8 +2,11 @@
 
 import json
 import math
-import os
+import secrets
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bloomft.config import Config, config_to_yaml
 from bloomft.errors import UserError
-from bloomft.files import make_folder, write_atomically
+from bloomft.files import AppendedFile, write_atomically
 from lorakernels import dispatch
 
-KERNELS = "kernels.json"
+CONFIG, METRICS, KERNELS, WANDB_ID = "config.yaml", "metrics.jsonl", "kernels.json", "wandb-id"
+RUN_FILES = (CONFIG, METRICS, KERNELS, WANDB_ID)  # those that are replaced whole
 
 
 class RunLog:
@@ -29,19 +33,15 @@ class RunLog:
 
     def __init__(self, config: Config, step: int) -> None:
         self.folder = Path(config.train.output_dir)
-        make_folder(self.folder)
-        write_atomically(self.folder / "config.yaml", config_to_yaml(config).encode())
-        _truncate_metrics(self.folder / "metrics.jsonl", step)
-        try:
-            self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._log = (self.folder / "log").open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
+        write_atomically(self.folder / CONFIG, config_to_yaml(config).encode())
+        unreadable = _truncate_metrics(self.folder / METRICS, step)
+        self._metrics = AppendedFile(self.folder / METRICS)
+        self._log = AppendedFile(self.folder / "log")
         self._kernels: dict[str, Any] = {}
-        self._board = _open_board(config, self.folder)
+        self._board = _open_board(config, self.folder, step)
         self._console = Console(stderr=True, highlight=False)
         self._bar = Progress(
-            TextColumn("step"),
+            TextColumn("{task.description}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[status]}"),
@@ -50,7 +50,9 @@ class RunLog:
             disable=not self._console.is_terminal,
         )
         total = config.optim.scheduler.num_training_steps
-        self._task = self._bar.add_task("", total=total, completed=step, status="")
+        self._task = self._bar.add_task("step", total=total, completed=step, status="")
+        if unreadable:
+            self.message(f"{self.folder / METRICS}: unreadable lines removed: {unreadable}")
 
     def __enter__(self) -> "RunLog":
         self._bar.start()
@@ -58,31 +60,39 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        self.sync()
-        self._metrics.close()
-        self._log.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self.sync()
+        finally:
+            self._metrics.close()
+            self._log.close()
+            if self._board is not None:
+                self._board.close()
 
     def message(self, text: str) -> None:
         """One line on the terminal and, with the time, in the log file."""
         self._console.print(text, markup=False, soft_wrap=True)
-        self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
-        self._log.flush()
+        self._log.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         self._bar.update(self._task, completed=step)
 
+    @contextmanager
+    def evaluation(self) -> Iterator[Callable[[int, int], None]]:
+        """A second bar while held-out rows are read; yields what takes the rows done and the rows in all."""
+        task = self._bar.add_task("held-out row", total=None, status="")
+        try:
+            yield lambda done, rows: self._bar.update(task, completed=done, total=rows)
+        finally:
+            self._bar.remove_task(task)
+
     def record(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl, the same in words, and the same to the chosen board."""
         line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        self._metrics.append(json.dumps(line) + "\n")
         words = _in_words(line)
         self._bar.update(self._task, completed=step, status=words)
-        self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} step {step}  {words}\n")
-        self._log.flush()
+        self._log.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} step {step}  {words}\n")
         if not self._console.is_terminal or "eval_loss" in line:
             self._console.print(f"step {step}  {words}", markup=False, soft_wrap=True)
         self.board(step, **values)
@@ -100,13 +110,14 @@ class RunLog:
         if (choices := dispatch.choices()) != self._kernels:
             self._kernels = choices
             write_atomically(self.folder / KERNELS, (json.dumps(choices, indent=1) + "\n").encode())
-            self._log.write(f"{dispatch.report()}\n")
+            self._log.append(f"{dispatch.report()}\n")
 
     def sync(self) -> None:
         """Make everything written so far durable; a checkpoint that follows may rely on it."""
-        for file in (self._metrics, self._log):
-            file.flush()
-            os.fsync(file.fileno())
+        self._metrics.sync()
+        self._log.sync()
+        if self._board is not None:
+            self._board.flush()
 
 
 def restore_kernel_choices(run_dir: Path) -> None:
@@ -116,7 +127,7 @@ def restore_kernel_choices(run_dir: Path) -> None:
         return
     try:
         dispatch.use_choices(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read back ({error}); remove it to measure anew") from error
 
 
@@ -139,33 +150,48 @@ def _in_words(line: dict[str, Any]) -> str:
     return "  ".join(text.format(line[name]) for name, text in _LABELS.items() if line.get(name) is not None)
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break  # the crash cut this line off
-    write_atomically(path, "".join(f"{line}\n" for line in kept if step).encode())
+def _truncate_metrics(path: Path, step: int) -> int:
+    """Keep the lines of steps up to ``step``, and none at step 0; returns how many could not be read."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    steps = [_step_of(line) for line in lines]
+    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and 0 < at <= step]
+    if b"".join(kept) != content:
+        write_atomically(path, b"".join(kept))
+    return steps.count(None)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None for one that a crash or something else has damaged."""
+    try:
+        at = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return at if type(at) is int else None
 
 
 class _Board(Protocol):
     def write(self, step: int, values: dict[str, float]) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # Steps beyond the one to go on from were written before a crash and come again.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -175,22 +201,56 @@ class _Wandb:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(project="bloomft", name=folder.name, dir=str(folder), config=config)
+        # W&B records the command line, where an access token may stand.
+        arguments, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            self._run = wandb.init(
+                project="bloomft",
+                name=folder.name,
+                dir=str(folder),
+                config=config,
+                id=_wandb_id(folder),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"train.logger=wandb: {error}; log in with `wandb login`, or choose none"
+            ) from error
+        finally:
+            sys.argv = arguments
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        """W&B sends what it was given on its own."""
 
     def close(self) -> None:
         self._run.finish()
 
 
-def _open_board(config: Config, folder: Path) -> _Board | None:
+def _wandb_id(folder: Path) -> str:
+    """The id of this folder's W&B run: drawn once, so that a run that goes on stays one run there."""
+    path = folder / WANDB_ID
+    try:
+        known = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        known = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not known:
+        known = secrets.token_hex(8)
+        write_atomically(path, f"{known}\n".encode())
+    return known
+
+
+def _open_board(config: Config, folder: Path, step: int) -> _Board | None:
     name = config.train.logger
     if name == "none":
         return None
     try:
         if name == "tensorboard":
-            return _TensorBoard(folder)
+            return _TensorBoard(folder, step)
         from omegaconf import OmegaConf
 
         return _Wandb(folder, OmegaConf.to_container(OmegaConf.create(config_to_yaml(config))))

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -42,7 +42,7 @@ from bloomft.documents import (
     read_documents,
 )
 from bloomft.errors import UserError
-from bloomft.files import sync_folder
+from bloomft.files import lock_file, sync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,6 +88,15 @@ class TokenCache:
         """Tokens [n] of document ``index`` as a view, and how many of them are its prompt."""
         tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
         return tokens, int(self.prompt_lengths[index])
+
+    def contents(self) -> np.ndarray:
+        """Numbers [num_documents] int64 from 0 up, equal where documents have the same tokens."""
+        numbers: dict[bytes, int] = {}
+        result = np.empty(self.num_documents, np.int64)
+        for index in range(self.num_documents):
+            digest = hashlib.blake2b(self.document(index)[0], digest_size=16).digest()
+            result[index] = numbers.setdefault(digest, len(numbers))
+        return result
 
 
 def build_token_cache(
@@ -157,12 +166,16 @@ def _file_states(files: Sequence[Path]) -> list[Any]:
         if str(file) == INSTALLED_READMES:
             states.append(installed_readmes())
             continue
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}; mend or leave it out") from error
+        status = _status(file)
         states.append((status.st_ino, status.st_size, status.st_mtime_ns))
     return states
+
+
+def _status(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; repair it or leave it out") from error
 
 
 def _content_key(files: Sequence[Path], tokenizer_json: str, eos: int) -> str:
@@ -182,7 +195,7 @@ def _content_key(files: Sequence[Path], tokenizer_json: str, eos: int) -> str:
                     while data := source.read(READ_BYTES):
                         content.update(data)
             except OSError as error:
-                raise UserError(f"cannot read {file}: {error.strerror}; mend or leave it out") from error
+                raise UserError(f"cannot read {file}: {error.strerror}; repair it or leave it out") from error
         key.update(f"{kind} {content.hexdigest()}\n".encode())
     return key.hexdigest()
 
@@ -198,31 +211,18 @@ def _new_folder(folder: Path) -> Path:
 def _exclusive(path: Path, progress: bool) -> Iterator[None]:
     """Hold the lock file ``path``; without locks go on: the work is done twice, never wrong."""
     with open(path, "ab") as lock:
-        if _lock(lock, wait=False) is False:
+        if lock_file(lock, wait=False) is False:
             if progress:
                 print("another process tokenizes the same text; waiting for it", file=sys.stderr)
-            _lock(lock, wait=True)
+            lock_file(lock, wait=True)
         yield
-
-
-def _lock(file: BinaryIO, *, wait: bool) -> bool | None:
-    """Lock an open file until it is closed; False where another holds it, None where locks do not exist."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        return None
-    return True
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
     """Free the space of builds that were killed: unfinished folders whose lock nobody holds."""
     for leftover in cache_dir.glob("tokens-*.partial-*"):
         with open(cache_dir / f"{leftover.name.partition('.')[0]}.lock", "ab") as lock:
-            if _lock(lock, wait=False):
+            if lock_file(lock, wait=False):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -290,7 +290,7 @@ def _write_cache(folder: Path, files: Sequence[Path], tokenizer_json: str, eos: 
     report = ReadReport()
     started = time.perf_counter()
     total = sum(
-        sum(map(len, installed_readmes())) if str(file) == INSTALLED_READMES else file.stat().st_size
+        sum(map(len, installed_readmes())) if str(file) == INSTALLED_READMES else _status(file).st_size
         for file in files
     )
     with (
@@ -408,7 +408,7 @@ def _open_cache(folder: Path) -> TokenCache | None:
         # A folder that is about to be renamed has a suffix after its key.
         key = folder.name.removeprefix("tokens-").partition(".")[0]
         return TokenCache(**arrays, report=ReadReport(**meta["report"]), key=key)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

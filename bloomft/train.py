@@ -4,42 +4,40 @@ The same command run again goes on from ``last.ckpt``; on the same machine the r
 that was never interrupted.
 """
 
-import dataclasses
+if __name__ == "__main__":
+    from bloomft.signals import watch_signals
+
+    watch_signals()  # before torch is imported, which takes seconds
+
+import argparse
 import hashlib
-import itertools
 import math
-import signal
+import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
-from transformers import BloomForCausalLM, get_scheduler
+from transformers import BloomForCausalLM
 
 from bloomft.accounting import BatchCounts, StepCost, gemm_rate, peak_memory
-from bloomft.checkpoint import (
-    LAST,
-    TrainingState,
-    check_base,
-    find_checkpoint,
-    load_checkpoint,
-    restore_rng_states,
-    rng_states,
-    save_checkpoint,
-)
-from bloomft.config import METRIC_SCHEDULES, Config, config_to_yaml, filename_patterns, load_config
+from bloomft.arguments import parse_command
+from bloomft.checkpoint import LAST, save_checkpoint
+from bloomft.config import METRIC_SCHEDULES, Config, filename_patterns
 from bloomft.data import PackedDataset, split_documents
 from bloomft.errors import UserError, run_command
-from bloomft.files import make_folder
 from bloomft.fused_model import checkpoint_blocks, compile_blocks
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
-from bloomft.patch import adapted_layers, adapter_state, load_adapter_state
+from bloomft.patch import adapted_layers
+from bloomft.run_folder import Resumption, exclusive_folder, find_resumption
 from bloomft.run_log import RunLog, restore_kernel_choices
+from bloomft.run_state import RunState
 from bloomft.runtime import pick_device, pick_dtype, setup_process
+from bloomft.signals import EXIT_STOPPED, StopRequest, stop_signals
 from bloomft.token_cache import build_token_cache
 
 
@@ -48,152 +46,159 @@ class TrainResult:
     """What a finished or interrupted run leaves behind.
 
     Attributes:
-        step: optimizer steps done.
+        step: optimizer steps done; last.ckpt in ``run_dir`` holds it.
         base_eval_loss, eval_loss: held-out loss before the first step and after the last; None without
             held-out documents, eval_loss also None after an interruption.
+        stopped: whether a signal ended the run before its last step.
     """
 
     step: int
     base_eval_loss: float | None
     eval_loss: float | None
     run_dir: Path
+    stopped: bool
 
 
 def train(config: Config) -> TrainResult:
     """Run the training that ``config`` describes, from the start or from its checkpoint.
 
-    Raises `UserError` for whatever the user can mend. After Ctrl-C or SIGTERM the current step ends, is saved
-    and the function returns.
+    After Ctrl-C or SIGTERM the step or evaluation under way ends, its state is saved and the function
+    returns; before there is anything to save, `Stopped` is raised at once. Raises `UserError` for whatever
+    the user can correct.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training runs in one process; start it without torchrun"
+        )
     device = pick_device(config.train.device)
     dtype = pick_dtype(config.train.precision, device)
     run_dir = Path(config.train.output_dir)
-    resume_path = _resume_path(config, run_dir)
-    make_folder(run_dir)
-    base = load_base(config.model.transformer)
-    data, heldout, data_identity = load_data(config, base)
-    torch.manual_seed(config.data.random_state)
-    model = patch_base(base, config.model, device, dtype)
-    checkpoint_blocks(model, config.train.gradient_checkpointing)
-    if config.train.compile:
-        compile_blocks(model)
+    with stop_signals() as stop, exclusive_folder(run_dir, anew=config.train.resume == "never") as notes:
+        last = run_dir / LAST
+        with stop.at_once(f"stopped before training began; {_kept(last)}; the same command starts again"):
+            resumption = find_resumption(config)
+            base = load_base(config.model.transformer)
+            data, heldout, data_identity = load_data(config, base)
+            torch.manual_seed(config.data.random_state)
+            model = patch_base(base, config.model, device, dtype)
+            checkpoint_blocks(model, config.train.gradient_checkpointing)
+            if config.train.compile:
+                compile_blocks(model)
+            run = RunState(config, base, data_identity, model, fp16=dtype == torch.float16)
+            if resumption.state is not None:
+                run.restore(resumption.state, resumption.path)
+                restore_kernel_choices(run_dir)
+        with RunLog(config, run.step) as log:
+            for line in [*notes, *_describe(run, data, heldout, dtype, resumption)]:
+                log.message(line)
+            saved = run.step if resumption.path == last else None
+            return _loop(run, data, heldout, log, stop, saved)
 
-    optimizer = make_optimizer(model, config)
-    scheduler = make_scheduler(optimizer, config)
-    follows_metric = config.optim.scheduler.name in METRIC_SCHEDULES
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    step, position, base_eval_loss = 0, 0, None
-    window_loss, window_labels = torch.zeros((), dtype=torch.float64, device=device), 0
-    cost, limit = StepCost.of(model), gemm_rate(device, dtype)
-    if resume_path is not None:
-        state = load_checkpoint(resume_path)
-        _restore(state, resume_path, config, base, data_identity, model, optimizer, scheduler, scaler)
-        step, position, base_eval_loss = state.step, state.position, state.base_eval_loss
-        window_loss += state.window["loss"]
-        window_labels = state.window["labels"]
-        restore_kernel_choices(run_dir)
-
-    def snapshot() -> TrainingState:
-        return TrainingState(
-            step=step,
-            position=position,
-            adapters=adapter_state(model),
-            optimizer=optimizer.state_dict(),
-            scheduler=scheduler.state_dict(),
-            scaler=scaler.state_dict(),
-            rng=rng_states(),
-            window={"loss": window_loss.item(), "labels": window_labels},
-            base_eval_loss=base_eval_loss,
-            config=config_to_yaml(config),
-            lora=dataclasses.asdict(config.model.lora),
-            base={"name": base.name, "fingerprint": base.fingerprint},
-            data=data_identity,
-        )
-
+def _loop(
+    run: RunState,
+    data: PackedDataset,
+    heldout: PackedDataset | None,
+    log: RunLog,
+    stop: StopRequest,
+    saved: int | None,
+) -> TrainResult:
+    """The steps that are left; ``saved`` is the step that last.ckpt holds, None where there is none."""
+    config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
+    device, last = model.device, log.folder / LAST
     total = config.optim.scheduler.num_training_steps
-    max_eval = config.train.eval_max_batches
+    follows_metric = config.optim.scheduler.name in METRIC_SCHEDULES
     batch_size, accumulate = config.train.batch_size, config.train.accumulate_grad_batches
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    cost, limit = StepCost.of(model), gemm_rate(device, model.dtype)
+    grad_norm = torch.zeros((), device=device)
     eval_loss = None
-    with RunLog(config, step) as log, _stop_signals() as stop:
-        for line in _describe(config, base, model, data, heldout, device, dtype, resume_path, step):
-            log.message(line)
-        if step == 0 and heldout is not None:
-            base_eval_loss = evaluate(model, heldout, batch_size, max_eval)
-            log.message(f"held-out loss of the base: {base_eval_loss:.4f}")
-            log.board(0, eval_loss=base_eval_loss)
 
-        model.train()
-        for layer in adapted_layers(model).values():
-            layer.prepare(batch_size * config.data.max_length)
+    def held_out_loss() -> float:
+        with log.evaluation() as progress:
+            return evaluate(model, heldout, batch_size, config.train.eval_max_batches, progress)
+
+    def check_finite() -> None:
+        if wrong := run.non_finite(grad_norm):
+            kept = _kept(last) if saved is None else f"{last} still holds step {saved}"
+            raise UserError(
+                f"step {run.step}: not finite: {', '.join(wrong)} (loss "
+                f"{run.window_loss.item() / max(run.window_labels, 1):.4g}, gradient norm "
+                f"{grad_norm.item():.4g}); {kept}; try a lower optim.optimizer.lr"
+            )
+
+    def save(keep: bool) -> int:
+        check_finite()
+        log.sync()
+        save_checkpoint(run.snapshot(), log.folder, keep=keep)
+        return run.step
+
+    if run.step == 0 and run.base_eval_loss is None and heldout is not None and not stop:
+        run.base_eval_loss = held_out_loss()
+        log.message(f"held-out loss of the base: {run.base_eval_loss:.4f}")
+        log.board(0, eval_loss=run.base_eval_loss)
+    model.train()
+    for layer in adapted_layers(model).values():
+        layer.prepare(batch_size * config.data.max_length)
+    log.record_kernels()
+    done, window_start = BatchCounts(), time.perf_counter()
+    while run.step < total and not stop:
+        batches = [data.batch(run.position + i * batch_size, batch_size) for i in range(accumulate)]
+        # Normalised over the whole accumulated batch, so that the loss does not depend on how it is cut.
+        counts = sum((BatchCounts.of(batch) for batch in batches), BatchCounts())
+        for batch in batches:
+            loss = model(**_to_device(batch, device), num_items_in_batch=counts.labels).loss
+            scaler.scale(loss).backward()
+            run.window_loss += loss.detach() * counts.labels
+            del loss  # its graph, spread over the heap, would leave the next one no space in between
+        run.window_labels += counts.labels
+        done += counts
+        if run.step == 0:
+            _check_gradients(model)
         log.record_kernels()
-        done, window_start = BatchCounts(), time.perf_counter()
-        while step < total and not stop:
-            batches = [data.batch(position + i, batch_size) for i in range(accumulate)]
-            # Normalised over the whole accumulated batch, so that the loss does not depend on how it is cut.
-            counts = sum((BatchCounts.of(batch) for batch in batches), BatchCounts())
-            for batch in batches:
-                loss = model(**_to_device(batch, device), num_items_in_batch=counts.labels).loss
-                scaler.scale(loss).backward()
-                window_loss += loss.detach() * counts.labels
-                del loss  # its graph, spread over the heap, would leave the next one no room in between
-            window_labels += counts.labels
-            done += counts
-            if step == 0:
-                _check_gradients(model)
-            log.record_kernels()
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clip_val or math.inf)
-            lr = optimizer.param_groups[0]["lr"]
-            scaler.step(optimizer)
-            scaler.update()
-            if not follows_metric:
-                scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            step, position = step + 1, position + accumulate
-            log.advance(step)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.train.gradient_clip_val or math.inf)
+        lr = optimizer.param_groups[0]["lr"]
+        scaler.step(optimizer)
+        scaler.update()
+        if not follows_metric:
+            run.scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.step, run.position = run.step + 1, run.position + accumulate * batch_size
+        log.advance(run.step)
 
-            every = config.train.eval_every_n_steps
-            evaluating = heldout is not None and (step == total or (every > 0 and step % every == 0))
-            reporting = evaluating or step == total or step % config.train.log_every_n_steps == 0
-            saving = stop or step == total or step % config.train.save_every_n_train_steps == 0
-            if (reporting or saving) and not math.isfinite(
-                window_loss + (0 if scaler.is_enabled() else grad_norm)
-            ):
-                raise UserError(
-                    f"step {step}: loss {window_loss / window_labels}, gradient norm {grad_norm}; "
-                    f"{run_dir / LAST} keeps the last good state, if any; try a lower optim.optimizer.lr"
-                )
-            if reporting:
-                loss = window_loss.item() / window_labels
-                seconds = time.perf_counter() - window_start
-                values = {
-                    "loss": loss,
-                    "lr": lr,
-                    "grad_norm": grad_norm.item(),
-                    "tokens_per_second": done.tokens / seconds,
-                    "mfu": cost.flops(done) / seconds / limit,
-                    "supervised_share": done.labels / done.tokens,
-                    "peak_memory_gib": peak_memory(device) / 2**30,
-                }
-                if evaluating:
-                    values["eval_loss"] = eval_loss = evaluate(model, heldout, batch_size, max_eval)
-                    if follows_metric:
-                        scheduler.step(eval_loss)
-                log.record(step, **values)
-                window_loss.zero_()
-                window_labels, done, window_start = 0, BatchCounts(), time.perf_counter()
-
-            if saving:
-                log.sync()
-                save_checkpoint(snapshot(), run_dir, keep=not stop)
-        if stop and step < total:
-            log.message(f"stopped after step {step}; the same command goes on from there")
-        elif eval_loss is None and heldout is not None:
-            eval_loss = evaluate(model, heldout, batch_size, max_eval)
-        log.message(f"{run_dir / LAST} holds step {step} of {total}")
-    return TrainResult(step, base_eval_loss, eval_loss, run_dir)
+        every = config.train.eval_every_n_steps
+        evaluating = heldout is not None and (run.step == total or (every > 0 and run.step % every == 0))
+        if evaluating or run.step == total or run.step % config.train.log_every_n_steps == 0:
+            check_finite()
+            loss = run.window_loss.item() / run.window_labels
+            seconds = time.perf_counter() - window_start
+            values = {
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm.item(),
+                "tokens_per_second": done.tokens / seconds,
+                "mfu": cost.flops(done) / seconds / limit,
+                "supervised_share": done.labels / done.tokens,
+                "peak_memory_gib": peak_memory(device) / 2**30,
+            }
+            if evaluating:
+                values["eval_loss"] = eval_loss = held_out_loss()
+                if follows_metric:
+                    run.scheduler.step(eval_loss)
+            log.record(run.step, **values)
+            run.window_loss.zero_()
+            run.window_labels, done, window_start = 0, BatchCounts(), time.perf_counter()
+        if run.step == total or run.step % config.train.save_every_n_train_steps == 0:
+            saved = save(keep=True)
+    if saved != run.step:
+        saved = save(keep=False)
+    if run.step < total:
+        log.message(f"stopped; {last} holds step {saved} of {total}; the same command goes on from there")
+        return TrainResult(run.step, run.base_eval_loss, None, log.folder, stopped=True)
+    if eval_loss is None and heldout is not None:
+        eval_loss = held_out_loss()
+    log.message(f"{last} holds step {saved} of {total}")
+    return TrainResult(run.step, run.base_eval_loss, eval_loss, log.folder, stopped=False)
 
 
 def load_data(config: Config, base: Base) -> tuple[PackedDataset, PackedDataset | None, str]:
@@ -205,9 +210,9 @@ def load_data(config: Config, base: Base) -> tuple[PackedDataset, PackedDataset 
             f"{base.tokenizer.model_max_length} tokens"
         )
     cache = build_token_cache(filename_patterns(settings), base.tokenizer, Path(settings.cache_dir))
-    train_ids, heldout_ids = split_documents(
-        cache.num_documents, settings.heldout_fraction, settings.random_state
-    )
+    contents = cache.contents() if settings.heldout_fraction else np.arange(cache.num_documents)
+    split_state = settings.random_state if settings.split_state is None else settings.split_state
+    train_ids, heldout_ids = split_documents(contents, settings.heldout_fraction, split_state)
     rows = [
         PackedDataset(
             cache,
@@ -228,112 +233,49 @@ def load_data(config: Config, base: Base) -> tuple[PackedDataset, PackedDataset 
         settings.heldout_fraction,
         settings.random_state,
     )
+    # Only where they move a document, so that checkpoints from before they existed keep their rows.
+    if split_state != settings.random_state:
+        settled += (split_state,)
+    if len(np.unique(contents)) < len(contents):
+        settled += ("whole texts",)
     identity = hashlib.blake2b(repr(settled).encode(), digest_size=16).hexdigest()
     return rows[0], rows[1], identity
 
 
-def make_optimizer(model: BloomForCausalLM, config: Config) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors and scalars get no weight decay."""
-    settings = config.optim.optimizer
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True
-    )
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of ``optim.scheduler`` through transformers' `get_scheduler`."""
-    settings = config.optim.scheduler
-    try:
-        return get_scheduler(
-            settings.name,
-            optimizer,
-            num_warmup_steps=settings.num_warmup_steps,
-            num_training_steps=settings.num_training_steps,
-            scheduler_specific_kwargs=settings.scheduler_specific_kwargs,
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"optim.scheduler: {settings.name}: {error}; see scheduler_specific_kwargs"
-        ) from error
-
-
 @torch.no_grad()
 def evaluate(
-    model: BloomForCausalLM, rows: PackedDataset, batch_size: int, max_batches: int | None = None
+    model: BloomForCausalLM,
+    rows: PackedDataset,
+    batch_size: int,
+    max_batches: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """Mean loss over the labels of ``rows``, or of its first ``max_batches`` batches, in nats a token.
+    """Mean loss over the labels of ``rows``, or of a fixed random choice of them, in nats a token.
 
-    Leaves the model's mode as it was.
+    The choice is `PackedDataset.eval_rows(max_batches)`, the same for every ``batch_size``. ``progress`` is
+    called with the rows done and the rows in all. Leaves the model's mode as it was.
     """
     was_training = model.training
     model.eval()
     total, labels = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for batch in itertools.islice(rows.eval_batches(batch_size), max_batches):
+    done, num_rows = 0, len(rows.eval_rows(max_batches))
+    for batch in rows.eval_batches(batch_size, max_batches):
         labels += int((batch["labels"] != -100).sum())
+        done += len(batch["labels"])
         batch = _to_device(batch, model.device)
         total += model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
+        progress(done, num_rows)
     model.train(was_training)
     return total.item() / labels
 
 
+def _kept(last: Path) -> str:
+    """What a run that has not saved anything itself says of its folder."""
+    return f"{last} is as it was" if last.exists() else "nothing is saved yet"
+
+
 def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-def _resume_path(config: Config, run_dir: Path) -> Path | None:
-    last = run_dir / LAST
-    if config.train.resume == "auto":
-        return last if last.exists() else None
-    if config.train.resume != "never":
-        return find_checkpoint(config.train.resume, run_dir)
-    if last.exists():
-        # A run from the start keeps its folder to itself; the earlier one moves aside whole.
-        taken = (run_dir.with_name(f"{run_dir.name}.{n}") for n in range(1, 10**6))
-        run_dir.rename(next(path for path in taken if not path.exists()))
-    return None
-
-
-def _restore(state, path, config, base, data_identity, model, optimizer, scheduler, scaler) -> None:
-    """Put a checkpoint into the fresh objects of a run; learning rates and the like follow the config."""
-    check_base(state, base.name, base.fingerprint, path)
-    if state.data != data_identity:
-        raise UserError(
-            f"{path}: its training rows differ from those of this configuration (files, max_length, packing, "
-            "heldout_fraction or random_state changed); train.resume=never starts anew"
-        )
-    ours, theirs = dataclasses.asdict(config.model.lora), state.lora
-    if changed := [k for k in ours if k != "lora_dropout" and ours[k] != theirs.get(k)]:
-        raise UserError(
-            f"{path}: model.lora.{changed[0]} is {theirs.get(changed[0])} there and {ours[changed[0]]} in "
-            "this configuration; train.resume=never starts anew"
-        )
-    if (was := OmegaConf.create(state.config).optim.scheduler.name) != config.optim.scheduler.name:
-        raise UserError(
-            f"{path}: optim.scheduler.name is {was} there and {config.optim.scheduler.name} in this "
-            "configuration; train.resume=never starts anew"
-        )
-    load_adapter_state(model, state.adapters)
-    configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state.optimizer)
-    fresh = scheduler.state_dict()
-    scheduler.load_state_dict(state.scheduler)
-    for group, settings in zip(optimizer.param_groups, configured, strict=True):
-        group.update({k: v for k, v in settings.items() if k != "lr"})
-    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        scheduler.base_lrs = fresh["base_lrs"]
-        for group, lr, factor in zip(
-            optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = lr * factor(scheduler.last_epoch)
-    if state.scaler:
-        scaler.load_state_dict(state.scaler)
-    restore_rng_states(state.rng)
 
 
 def _check_gradients(model: BloomForCausalLM) -> None:
@@ -343,54 +285,46 @@ def _check_gradients(model: BloomForCausalLM) -> None:
         raise RuntimeError(f"no gradient reached {missing[0]} ({len(missing)} adapter tensors)")
 
 
-def _describe(config, base, model, data, heldout, device, dtype, resume_path, step) -> Iterator[str]:
-    adapted = model._patch_record.layers
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _describe(
+    run: RunState,
+    data: PackedDataset,
+    heldout: PackedDataset | None,
+    dtype: torch.dtype,
+    resumption: Resumption,
+) -> Iterator[str]:
+    model, config = run.model, run.config
+    adapted = list(adapted_layers(model))
+    trainable = sum(p.numel() for p in run.parameters)
     everything = sum(p.numel() for p in model.parameters())
-    yield f"base {base.name} ({base.fingerprint[:8]}), {str(dtype).removeprefix('torch.')} on {device}"
+    name = str(dtype).removeprefix("torch.")
+    yield f"base {run.base.name} ({run.base.fingerprint[:8]}), {name} on {model.device}"
     yield (
         f"LoRA r={config.model.lora.lora_dim} scale={config.model.lora.lora_scale} on {len(adapted)} layers "
         f"({adapted[0]} ... {adapted[-1]}): {trainable:,} of {everything:,} parameters train"
     )
     held = f"{len(heldout)} rows held out" if heldout is not None else "nothing held out"
+    yield f"data: {data.report.describe()}"
     yield (
         f"data: {len(data)} rows of at most {config.data.max_length} tokens, "
         f"{data.num_supervised_tokens:,} labels, {data.padding_fraction:.1%} padding; {held}"
     )
-    if resume_path is not None:
-        yield f"going on from {resume_path}, step {step}"
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C or SIGTERM; a second signal acts as if nobody caught it."""
-    received: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    previous = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    except ValueError:
-        pass  # not the main thread: whoever owns the process owns its signals
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    yield from resumption.notes
+    if resumption.path is not None:
+        yield f"going on from {resumption.path}, step {run.step}"
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG [key=value ...]."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        raise UserError("usage: python -m bloomft.train CONFIG [key=value ...]")
-    config = load_config(arguments[0], arguments[1:])
-    setup_process()
-    quiet_transformers()
-    train(config)
+    parser = argparse.ArgumentParser(
+        prog="python -m bloomft.train", usage="%(prog)s CONFIG [key=value ...]", description=__doc__
+    )
+    parser.add_argument("config", help="the YAML file of the run")
+    with stop_signals():
+        _, config = parse_command(parser, arguments)
+        setup_process()
+        quiet_transformers()
+        if train(config).stopped:
+            sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,16 @@ def fail(monkeypatch, capsys):
 
 def test_missing_configuration(fail, tmp_path):
     assert "none.yaml: cannot read the configuration" in fail(train, tmp_path / "none.yaml")
-    assert "usage: python -m bloomft.train CONFIG" in fail(train)
+    assert "bloomft.train: the following arguments are required: config; see --help" in fail(train)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["run.yaml", "--help"]])
+def test_help_is_no_mistake(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(train.main)
+    assert stopped.value.code == 0
+    assert "usage: python -m bloomft.train CONFIG [key=value ...]" in capsys.readouterr().out
 
 
 def test_no_file_matches(fail, settings, config_path, tmp_path):

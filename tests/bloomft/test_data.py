@@ -132,7 +132,9 @@ def test_rows_hold_whole_pieces_under_ids_of_their_own(documents, max_length, pa
 def test_batches_are_endless_epochs_and_a_position_is_exact(sizes, batch_size, random_state, start):
     def one_run(first, count):
         dataset = make_dataset(sizes, 9, random_state=random_state)
-        return len(dataset), [dataset.batch(index, batch_size) for index in range(first, first + count)]
+        return len(dataset), [
+            dataset.batch(index * batch_size, batch_size) for index in range(first, first + count)
+        ]
 
     rows, batches = one_run(0, start + 5)
     _, resumed = one_run(start, 5)
@@ -144,6 +146,14 @@ def test_batches_are_endless_epochs_and_a_position_is_exact(sizes, batch_size, r
     for epoch in range(len(stream) // rows):
         assert sorted(stream[epoch * rows : (epoch + 1) * rows]) == every_row
         assert len(set(every_row)) == rows
+
+
+def test_the_rows_of_a_batch_are_those_from_its_position_on():
+    dataset = make_dataset([9] * 7, 9)
+    rows = [dataset.batch(position, 1)["input_ids"][0] for position in range(20)]
+    for position, size in ((0, 5), (3, 4), (5, 9), (13, 7)):
+        batch = dataset.batch(position, size)["input_ids"]
+        assert torch.equal(batch, torch.stack(rows[position : position + size]))
 
 
 def test_epochs_differ_and_random_state_decides():
@@ -170,7 +180,7 @@ def test_the_order_of_an_epoch_never_changes_between_versions():
         1024,
         1008,
     ]
-    train, heldout = split_documents(10, 0.3, 42)
+    train, heldout = split_documents(np.arange(10), 0.3, 42)
     assert (train.tolist(), heldout.tolist()) == ([0, 1, 2, 4, 6, 7, 9], [3, 5, 8])
 
 
@@ -251,7 +261,7 @@ def test_packing_many_short_pieces_wastes_little():
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(0, 60), fraction=st.floats(0, 0.99), random_state=st.integers(0, 2**63 - 1))
 def test_split_is_a_partition_with_something_on_both_sides(count, fraction, random_state):
-    train, heldout = split_documents(count, fraction, random_state)
+    train, heldout = split_documents(np.arange(count), fraction, random_state)
     assert sorted([*train, *heldout]) == list(range(count))
     assert train.dtype == heldout.dtype == np.int64
     assert len(train) >= min(count, 1)
@@ -259,12 +269,37 @@ def test_split_is_a_partition_with_something_on_both_sides(count, fraction, rand
         assert len(heldout) == 0
     else:
         assert len(heldout) == min(max(round(count * fraction), 1), count - 1)
-    again = split_documents(count, fraction, random_state)
+    again = split_documents(np.arange(count), fraction, random_state)
     assert np.array_equal(again[0], train)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=st.lists(st.integers(0, 6), min_size=1, max_size=60),
+    fraction=st.floats(0.01, 0.99),
+    random_state=st.integers(0, 2**63 - 1),
+)
+def test_copies_of_a_text_stand_on_one_side(texts, fraction, random_state):
+    contents = np.unique(texts, return_inverse=True)[1]
+    train, heldout = split_documents(contents, fraction, random_state)
+    assert sorted([*train, *heldout]) == list(range(len(texts)))
+    assert not set(contents[train]) & set(contents[heldout])
+    smallest = np.bincount(contents).min()
+    if len(set(texts)) == 1:
+        assert len(heldout) == 0
+    else:
+        assert 1 <= len(heldout) <= max(round(len(texts) * fraction), 1, smallest)
+        assert len(train)
+
+
+def test_equal_tokens_are_one_text():
+    tokens = np.array([5, 6, 7, 5, 6, 5, 6, 7, 8], np.uint16)
+    cache = TokenCache(tokens, np.array([0, 3, 5, 8, 9]), np.array([0, 1, 2, 0]), ReadReport())
+    assert cache.contents().tolist() == [0, 1, 0, 2]
+
+
 def test_split_depends_on_random_state_alone():
-    splits = {tuple(split_documents(100, 0.1, state)[1]) for state in range(20)}
+    splits = {tuple(split_documents(np.arange(100), 0.1, state)[1]) for state in range(20)}
     assert len(splits) == 20
 
 

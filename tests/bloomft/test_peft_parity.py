@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from bloomft.config import load_config
 from bloomft.model import load_base, patch_base
 from bloomft.patch import adapted_layers
-from bloomft.train import load_data, make_optimizer, make_scheduler
+from bloomft.run_state import make_optimizer, make_scheduler
+from bloomft.train import load_data
 
 STEPS = 20
 

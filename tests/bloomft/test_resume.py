@@ -12,6 +12,7 @@ import torch
 
 from bloomft.checkpoint import load_checkpoint, save_checkpoint
 from bloomft.config import load_config
+from bloomft.data import PackedDataset
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
 from bloomft.train import train
@@ -100,6 +101,27 @@ def test_resuming_from_every_checkpoint_ends_in_the_same_bits(settings, config_p
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
         last = (again.run_dir / "metrics.jsonl").read_text().splitlines()[-1]
         assert last.startswith(reported), "the window of the last line lost something"
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (2, 1), (3, 2)])
+def test_another_batch_size_neither_skips_nor_repeats_rows(
+    settings, config_path, monkeypatch, batch_size, accumulate
+):
+    taken = []
+    batch = PackedDataset.batch
+
+    def note(self, position, size):
+        taken.extend(range(position, position + size))
+        return batch(self, position, size)
+
+    monkeypatch.setattr(PackedDataset, "batch", note)
+    settings["optim"]["scheduler"]["num_training_steps"] = 5
+    train(load_config(config_path(settings)))
+    settings["optim"]["scheduler"]["num_training_steps"] = 9
+    settings["train"] |= {"batch_size": batch_size, "accumulate_grad_batches": accumulate}
+    result = train(load_config(config_path(settings)))
+    assert taken == list(range(5 * 4 + 4 * batch_size * accumulate))
+    assert load_checkpoint(result.run_dir / "last.ckpt").position == len(taken)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])

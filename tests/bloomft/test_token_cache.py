@@ -202,13 +202,18 @@ def cut_meta(folder):
     (folder / "meta.json").write_text('{"version": 1, "dtype"')
 
 
+def nest_meta(folder):
+    (folder / "meta.json").write_text("[" * 10**5)
+
+
 def other_version(folder):
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"version": 0}))
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_nothing, truncate_tokens, flip_a_bit, remove_offsets, cut_meta, other_version]
+    "damage",
+    [damage_nothing, truncate_tokens, flip_a_bit, remove_offsets, cut_meta, nest_meta, other_version],
 )
 def test_a_damaged_cache_is_built_again(texts, tokenizer, tokenized, damage):
     good = build(tokenizer).tokens.tolist()
@@ -282,7 +287,7 @@ def test_the_leftover_of_another_corpus_goes_too_unless_it_is_being_built(texts,
     for folder in (dead, alive):
         folder.mkdir(parents=True)
     with open("cache/tokens-0b.lock", "ab") as lock:
-        assert token_cache._lock(lock, wait=False)
+        assert token_cache.lock_file(lock, wait=False)
         build(tokenizer)
         assert not dead.exists()
         assert alive.exists()
@@ -336,6 +341,19 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_cache(texts, tokenizer, 
     assert folders() == []
     monkeypatch.setattr(token_cache, "_tokenize", tokenize)
     assert build(tokenizer).document(1)[0].tolist() == expected(tokenizer, "changed after it was hashed")
+
+
+def test_a_file_that_goes_away_while_it_is_read_is_named(texts, tokenizer, monkeypatch):
+    new_folder = token_cache._new_folder
+
+    def remove_then_go_on(folder):
+        Path("b.txt").unlink()
+        return new_folder(folder)
+
+    monkeypatch.setattr(token_cache, "_new_folder", remove_then_go_on)
+    with pytest.raises(UserError, match=r"cannot read b\.txt: No such file or directory; repair it or"):
+        build(tokenizer)
+    assert folders() == []
 
 
 def test_an_interrupted_build_cleans_up(texts, tokenizer, monkeypatch):

@@ -11,7 +11,8 @@ from bloomft.checkpoint import load_checkpoint
 from bloomft.config import SCHEDULES, load_config
 from bloomft.errors import UserError
 from bloomft.model import load_base, patch_base
-from bloomft.train import evaluate, load_data, make_optimizer, train
+from bloomft.run_state import make_optimizer
+from bloomft.train import evaluate, load_data, train
 from lorakernels import cpu_gemm, dispatch
 
 
@@ -89,7 +90,7 @@ def test_the_checkpoint_holds_adapters_and_never_the_base(run):
     result = run()
     raw = torch.load(result.run_dir / "last.ckpt", weights_only=True)
     assert raw["step"] == 12
-    assert raw["position"] == 12
+    assert raw["position"] == 48
     assert {name.rsplit(".", 1)[-1] for name in raw["adapters"]} == {"lora_a", "lora_b"}
     assert len(raw["adapters"]) == 4
     assert (result.run_dir / "last.ckpt").stat().st_size < 100_000
@@ -184,7 +185,68 @@ def test_held_out_loss_is_the_mean_over_labels(settings, config_path):
                 count += int((targets != -100).sum())
     patched = patch_base(base, config.model, torch.device("cpu"), torch.float32)
     assert evaluate(patched, heldout, 3) == pytest.approx(total / count, rel=1e-5)
-    assert evaluate(patched, heldout, 3, 1) != pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_bounded_held_out_loss_is_the_same_for_every_batch_size(
+    settings, config_path, monkeypatch, packing
+):
+    monkeypatch.setattr("bloomft.data.EVAL_BATCH_TOKENS", 100)
+    settings["data"] |= {"packing": packing, "heldout_fraction": 0.5}
+    config = load_config(config_path(settings))
+    base = load_base(config.model.transformer)
+    _, heldout, _ = load_data(config, base)
+    rows = heldout.eval_rows(3)
+    tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in heldout.eval_batches(1, 3))
+    assert 300 - 32 < tokens <= 300
+    assert len(rows) < len(heldout)
+    patched = patch_base(base, config.model, torch.device("cpu"), torch.float32)
+    seen = []
+    bounded = evaluate(patched, heldout, 1, 3, lambda done, total: seen.append((done, total)))
+    assert seen == [(done, len(rows)) for done in range(1, len(rows) + 1)]
+    for batch_size in (2, 3, 7, 100):
+        assert evaluate(patched, heldout, batch_size, 3) == pytest.approx(bounded, rel=1e-6)
+    assert evaluate(patched, heldout, 4) != pytest.approx(bounded, rel=1e-5)
+
+
+def test_copies_of_a_text_are_held_out_together_or_not_at_all(settings, config_path, corpus):
+    for index in range(40):
+        (corpus / f"{index:02}.txt").write_text(f"The text number {index % 4} of four, again and again.")
+    settings["data"]["packing"] = False
+    config = load_config(config_path(settings))
+    rows, heldout, _ = load_data(config, load_base(config.model.transformer))
+
+    def texts(dataset):
+        return {tuple(row.tolist()) for batch in dataset.eval_batches(1) for row in batch["input_ids"]}
+
+    assert len(texts(rows)) == 3
+    assert len(texts(heldout)) == 1
+    assert not texts(rows) & texts(heldout)
+
+
+def test_the_split_has_a_seed_of_its_own_and_defaults_to_random_state(settings, config_path):
+    path = config_path(settings)
+
+    def load(*overrides):
+        config = load_config(path, overrides)
+        _, heldout, identity = load_data(config, load_base(config.model.transformer))
+        return sorted(map(str, (batch["input_ids"] for batch in heldout.eval_batches(1)))), identity
+
+    held, identity = load()
+    assert load("data.split_state=42") == (held, identity)
+    assert load("data.random_state=7", "data.split_state=42")[0] == held
+    other, other_identity = load("data.split_state=7")
+    assert other != held
+    assert other_identity != identity
+    assert load("data.random_state=7")[0] == other
+
+
+def test_the_log_counts_what_was_skipped_on_a_cached_run_too(run, corpus):
+    (corpus / "98.txt").write_bytes(b"\xff\xfe\xfa")
+    (corpus / "99.txt").write_text("")
+    folder = run(optim__scheduler__num_training_steps=2).run_dir
+    run(optim__scheduler__num_training_steps=3)
+    assert (folder / "log").read_text().count("(skipped: 1 with invalid UTF-8, 1 empty)") == 2
 
 
 def test_vectors_get_no_weight_decay(settings, config_path):
@@ -206,7 +268,7 @@ def test_no_held_out_text(run):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, settings):
-    with pytest.raises(UserError, match=r"keeps the last good state, if any; try a lower optim.optimizer.lr"):
+    with pytest.raises(UserError, match=r"not finite: .*last.ckpt still holds step \d+; try a lower"):
         run(
             optim__optimizer__lr=1e30,
             train__gradient_clip_val=0.0,

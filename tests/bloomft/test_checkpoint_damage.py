@@ -1,0 +1,289 @@
+"""Attacks on a run's checkpoints: damaged bytes, wrong content, states that are not finite, leftovers."""
+
+import io
+import random
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from bloomft import checkpoint as checkpoint_module
+from bloomft.checkpoint import DamagedCheckpointError, load_checkpoint
+from bloomft.config import load_config
+from bloomft.errors import UserError
+from bloomft.train import train
+
+SHORT = {"num_training_steps": 6, "num_warmup_steps": 2, "name": "linear"}
+
+
+@pytest.fixture
+def run(settings, config_path):
+    """Trains six steps, saving at 2, 4 and 6, or whatever a test has made of the settings."""
+    settings["optim"]["scheduler"] = SHORT
+    settings["train"] |= {"save_every_n_train_steps": 2, "eval_every_n_steps": 0}
+    settings["data"]["heldout_fraction"] = 0.0
+    return lambda: train(load_config(config_path(settings)))
+
+
+def rewrite(path: Path, change, *, digest: bool = True) -> None:
+    """Change a checkpoint's content and write it as a run would, with a hash that is right."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    if digest:
+        checkpoint_module._append_digest(buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+def same_adapters(left: Path, right: Path) -> bool:
+    left, right = load_checkpoint(left).adapters, load_checkpoint(right).adapters
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_every_flipped_bit_and_every_cut_is_found(run, tmp_path):
+    path = run().run_dir / "last.ckpt"
+    whole = path.read_bytes()
+    assert torch.load(path, weights_only=True)["step"] == 6
+    generator = random.Random(0)
+    places = [generator.randrange(8 * len(whole)) for _ in range(600)]
+    # The hash itself, the mark before it, and the zip's last record too.
+    places += [8 * at + at % 8 for at in range(len(whole) - 110, len(whole))]
+    damaged = tmp_path / "damaged.ckpt"
+    for place in places:
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        damaged.write_bytes(content)
+        with pytest.raises(DamagedCheckpointError, match=r"damaged.ckpt: .*damaged"):
+            load_checkpoint(damaged)
+    for length in [0, 1, 3, 4, 22, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(50))]:
+        damaged.write_bytes(whole[:length])
+        with pytest.raises(DamagedCheckpointError):
+            load_checkpoint(damaged)
+    damaged.write_bytes(whole + b"\0")
+    with pytest.raises(DamagedCheckpointError):
+        load_checkpoint(damaged)
+
+
+def test_a_tar_file_is_no_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    with tarfile.open(path, "w") as file:
+        for name in ("storages", "tensors", "pickle", "sys_info"):
+            file.addfile(tarfile.TarInfo(name))
+    with pytest.raises(DamagedCheckpointError, match="not a checkpoint of bloomft, or a damaged one"):
+        load_checkpoint(path)
+
+
+def first(content: dict, name: str):
+    return next(iter(content[name]))
+
+
+WRONG_FIELDS = {
+    "no format": lambda content: content.pop("format"),
+    "a list": lambda content: content.update(format=[2]),
+    "another format": lambda content: content.update(format=3),
+    "step -3": lambda content: content.update(step=-3),
+    "step true": lambda content: content.update(step=True),
+    "no step": lambda content: content.pop("step"),
+    "position text": lambda content: content.update(position="4"),
+    "no adapters": lambda content: content.update(adapters={}),
+    "adapters list": lambda content: content.update(adapters=[1]),
+    "adapter of another name": lambda content: content["adapters"].update(weight=torch.zeros(2, 2)),
+    "adapter not a number": lambda content: content["adapters"][first(content, "adapters")].fill_(torch.nan),
+    "adapter of another rank": lambda content: content["adapters"].update(
+        {name: torch.zeros(2, 3) for name in content["adapters"]}
+    ),
+    "adapter of no dimension": lambda content: content["adapters"].update(
+        {name: torch.zeros(()) for name in content["adapters"]}
+    ),
+    "no rng": lambda content: content.update(rng={}),
+    "rng of a strange device": lambda content: content["rng"].update(there=content["rng"]["cpu"]),
+    "no window": lambda content: content.update(window={}),
+    "window not a number": lambda content: content["window"].update(loss=float("nan")),
+    "no scheduler": lambda content: content.update(scheduler={}),
+    "no optimizer": lambda content: content.update(optimizer={}),
+    "no base": lambda content: content.update(base={}),
+    "no configuration": lambda content: content.update(config=""),
+    "a configuration that is no YAML": lambda content: content.update(config="{"),
+    "another lora": lambda content: content["lora"].update(alpha=3),
+    "lora rank 10**9": lambda content: content["lora"].update(lora_dim=10**9),
+    "data of another kind": lambda content: content.update(data=None),
+    "base loss of another kind": lambda content: content.update(base_eval_loss="low"),
+}
+
+MISFITS = {
+    "step 10**9": lambda content: content.update(step=10**9),
+    "scheduler of another kind": lambda content: content["scheduler"].pop("base_lrs"),
+    "scheduler with text": lambda content: content["scheduler"].update(base_lrs=["high"]),
+    "rng of another size": lambda content: content["rng"].update(cpu=torch.zeros(3, dtype=torch.uint8)),
+    "a layer is missing": lambda content: content["adapters"].pop(first(content, "adapters")),
+    "adapters of another width": lambda content: content["adapters"].update(
+        {name: torch.zeros(4, 4) for name in content["adapters"]}
+    ),
+    "no moments of one": lambda content: content["optimizer"]["state"].pop(0),
+    "no second moment": lambda content: content["optimizer"]["state"][0].pop("exp_avg_sq"),
+    "exp_avg of another shape": lambda content: content["optimizer"]["state"][0].update(
+        exp_avg=torch.zeros(2)
+    ),
+    "exp_avg in half precision": lambda content: content["optimizer"]["state"][1].update(
+        exp_avg=content["optimizer"]["state"][1]["exp_avg"].half()
+    ),
+    "exp_avg not a number": lambda content: content["optimizer"]["state"][1]["exp_avg"].fill_(torch.nan),
+    "step of a parameter is a list": lambda content: content["optimizer"]["state"][0].update(step=[1]),
+    "groups of other parameters": lambda content: content["optimizer"]["param_groups"][0].update(
+        params=[3, 2, 1, 0]
+    ),
+    "a group without a learning rate": lambda content: content["optimizer"]["param_groups"][0].pop("lr"),
+    "groups without parameters": lambda content: content["optimizer"].update(param_groups=[]),
+}
+
+
+def test_wrong_content_is_one_line(run, tmp_path):
+    whole = (run().run_dir / "last.ckpt").read_bytes()
+    path = tmp_path / "wrong.ckpt"
+    for name, change in WRONG_FIELDS.items():
+        path.write_bytes(whole)
+        rewrite(path, change)
+        with pytest.raises(UserError, match=r"wrong.ckpt: .*checkpoint") as caught:
+            load_checkpoint(path)
+        assert "\n" not in str(caught.value), name
+
+
+def test_content_that_does_not_fit_the_run_is_one_line(run, settings):
+    path = run().run_dir / "last.ckpt"
+    whole = path.read_bytes()
+    settings["optim"]["scheduler"] = SHORT | {"num_training_steps": 8}
+    for name, change in MISFITS.items():
+        path.write_bytes(whole)
+        rewrite(path, change)
+        with pytest.raises(UserError, match=r"last.ckpt: does not fit|holds step 1000000000") as caught:
+            run()
+        assert "\n" not in str(caught.value), name
+    path.write_bytes(whole)
+    assert run().step == 8
+
+
+def test_what_another_version_of_torch_keeps_beside_it_is_no_misfit(run, settings, tmp_path):
+    whole = run().run_dir
+
+    def other_version(content):
+        content["scheduler"].pop("_step_count")
+        content["scheduler"]["_of_a_later_version"] = True
+        for group in content["optimizer"]["param_groups"]:
+            group.pop("capturable")
+            group["of_a_later_version"] = None
+
+    other = tmp_path / "other.ckpt"
+    other.write_bytes((whole / "step-4.ckpt").read_bytes())
+    rewrite(other, other_version)
+    settings["train"] |= {"output_dir": str(tmp_path / "again"), "resume": str(other)}
+    assert same_adapters(run().run_dir / "last.ckpt", whole / "last.ckpt")
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged", "two damaged"])
+def test_without_a_whole_last_checkpoint_the_newest_whole_one_is_taken(run, settings, damage, tmp_path):
+    whole = run().run_dir
+    settings["train"]["output_dir"] = str(tmp_path / "again")
+    again = run().run_dir
+    (again / "step-6.ckpt").unlink()
+    last = again / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    taken = "step-4.ckpt, step 4"
+    if damage == "missing":
+        last.unlink()
+    if damage == "two damaged":
+        (again / "step-4.ckpt").write_bytes(b"")
+        taken = "step-2.ckpt, step 2"
+    assert run().step == 6
+    log = (again / "log").read_text()
+    assert f"going on from {again / taken}\n" in log
+    assert ("last.ckpt is missing" if damage == "missing" else "last.ckpt: not a checkpoint") in log
+    assert same_adapters(last, whole / "last.ckpt")
+    assert (again / "metrics.jsonl").read_text().count("\n") == 6
+
+
+def test_checkpoints_that_are_all_damaged_are_not_taken_for_a_fresh_start(run):
+    folder = run().run_dir
+    for path in folder.glob("*.ckpt"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"last.ckpt: .*damaged one; train.resume=never starts anew"):
+        run()
+    assert (folder / "last.ckpt").read_bytes() == b"damaged"
+
+
+def test_what_is_no_damage_is_not_passed_over(run):
+    path = run().run_dir / "last.ckpt"
+    rewrite(path, lambda content: content.update(format=3))
+    with pytest.raises(UserError, match=r"checkpoint format 3; this program reads formats 1 and 2"):
+        run()
+
+
+def test_a_checkpoint_of_format_1_is_converted(run, settings, tmp_path):
+    whole = run().run_dir
+
+    def older(content):
+        assert content["position"] == 16
+        content.update(format=1, position=4)
+
+    old = tmp_path / "old.ckpt"
+    old.write_bytes((whole / "step-4.ckpt").read_bytes())
+    rewrite(old, older, digest=False)
+    assert load_checkpoint(old).position == 16
+    settings["train"] |= {"output_dir": str(tmp_path / "again"), "resume": str(old)}
+    assert same_adapters(run().run_dir / "last.ckpt", whole / "last.ckpt")
+    # Its zip's own checksums find a damage of the tensors.
+    content = bytearray(old.read_bytes())
+    content[content.index(load_checkpoint(old).rng["cpu"].numpy().tobytes()) + 99] ^= 1
+    old.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError):
+        load_checkpoint(old)
+
+
+def test_format_1_without_its_batch_size_is_refused(run, tmp_path):
+    path = run().run_dir / "last.ckpt"
+    rewrite(path, lambda content: content.update(format=1, config="{}"), digest=False)
+    with pytest.raises(UserError, match=r"last.ckpt: .*no run writes such a value of 'config'"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("cause", [{"lr": 1e38}, {"eps": 1e-300}, {"weight_decay": 1e300}])
+def test_no_state_that_is_not_finite_is_ever_written(run, settings, cause, steps):
+    settings["optim"]["scheduler"] = SHORT | {"num_warmup_steps": 0, "num_training_steps": steps}
+    settings["optim"]["optimizer"] |= cause
+    settings["train"] |= {"save_every_n_train_steps": 1, "log_every_n_steps": 100}
+    with pytest.raises(UserError, match=r"step \d: not finite: ") as caught:
+        run()
+    folder = Path(settings["train"]["output_dir"])
+    for path in folder.glob("*.ckpt"):
+        state = load_checkpoint(path)
+        moments = [value for moments in state.optimizer["state"].values() for value in moments.values()]
+        assert all(value.isfinite().all() for value in [*state.adapters.values(), *moments])
+    if (folder / "last.ckpt").exists():
+        assert f"last.ckpt still holds step {load_checkpoint(folder / 'last.ckpt').step};" in str(
+            caught.value
+        )
+    else:
+        assert "; nothing is saved yet;" in str(caught.value)
+
+
+def test_leftovers_of_killed_writes_go_at_the_next_start(run):
+    folder = run().run_dir
+    names = ("last.ckpt", "step-4.ckpt", "metrics.jsonl", "config.yaml", "kernels.json", "wandb-id")
+    ours = [folder / f".{name}-0123abcd" for name in names]
+    foreign = [folder / name for name in (".mine-0123abcd", ".last.ckpt-0123abcd.txt", "last.ckpt-0123abcd")]
+    for path in (*ours, *foreign):
+        path.write_bytes(b"half")
+    run()
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in foreign)
+
+
+def test_fewer_steps_than_done_are_refused(run, settings):
+    folder = run().run_dir
+    before = (folder / "last.ckpt").read_bytes()
+    settings["optim"]["scheduler"] = SHORT | {"num_training_steps": 5}
+    with pytest.raises(UserError, match=r"num_training_steps is 5, but .*last.ckpt holds step 6; raise it"):
+        run()
+    assert (folder / "last.ckpt").read_bytes() == before
