@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 
 from bloomft import fused_model
-from bloomft.fused_model import checkpoint_blocks, compile_blocks, shift_labels
+from bloomft.fused_model import checkpoint_blocks, compile_blocks
 from bloomft.patch import (
     adapted_layers,
     adapter_state,
@@ -280,13 +280,6 @@ def test_documents_and_a_cache_are_refused(model):
     patch_bloom(model).eval()
     with pytest.raises(ValueError, match="use_cache=False"):
         model(ids, document_ids=torch.zeros_like(ids), use_cache=True)
-
-
-def test_a_document_s_first_label_is_ignored():
-    labels = torch.tensor([[7, 8, -100, 9, 5]])
-    assert shift_labels(labels).tolist() == [[8, -100, 9, 5, -100]]
-    documents = torch.tensor([[0, 0, 0, 1, 1]])
-    assert shift_labels(labels, documents).tolist() == [[8, -100, -100, 5, -100]]
 
 
 def test_attention_dropout_takes_transformers_path_and_follows_the_seed():
