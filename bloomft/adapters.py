@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from bloomft.config import LoraConfig
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
-from bloomft.patch import adapted_layers
 from lorakernels import LoRALinear
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Name to layer of every `LoRALinear`, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def save_peft_adapter(model: nn.Module, folder: Path, base_name: str) -> None:

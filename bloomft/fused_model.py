@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import os
 import weakref
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,9 @@ from transformers.models.bloom.modeling_bloom import (
 )
 from transformers.utils.deprecation import deprecate_kwarg
 
+from bloomft.adapters import adapted_layers, save_peft_adapter
 from bloomft.data import IGNORE_INDEX
+from bloomft.files import make_folder
 from bloomft.runtime import release_freed_memory
 from lorakernels import (
     AttentionMask,
@@ -290,9 +294,40 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
         )
 
-    def _get_name(self) -> str:
-        # Trainer shifts the labels of its label smoothing only for the names of transformers' own classes.
-        return BloomForCausalLM.__name__
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **options,
+    ) -> None:
+        """Write the adapters of a patched model in PEFT's format; without adapters, what transformers writes.
+
+        ``PeftModel.from_pretrained(base, save_directory)`` loads them, and with peft installed
+        ``from_pretrained(save_directory)`` too, on the base that the model was loaded from. Raises ValueError
+        for options of `PreTrainedModel.save_pretrained` that an adapter cannot follow, `UserError` where
+        ``save_directory`` cannot be written.
+        """
+        if not adapted_layers(self):
+            super().save_pretrained(
+                save_directory,
+                is_main_process=is_main_process,
+                state_dict=state_dict,
+                push_to_hub=push_to_hub,
+                **options,
+            )
+            return
+        asked = {"state_dict": state_dict, "push_to_hub": push_to_hub, **options}
+        about_shards = {"max_shard_size", "save_peft_format", "save_original_format", "token"}
+        if refused := [name for name in asked.keys() - about_shards if asked[name]]:
+            raise ValueError(
+                f"{min(refused)}: the adapters of a patched model are saved without it; push them with "
+                "model.push_to_hub(...), or save a whole model after unpatch_bloom(model, merge=True)"
+            )
+        if is_main_process:
+            make_folder(Path(save_directory))
+            save_peft_adapter(self, Path(save_directory), self.name_or_path)
 
     def _fuses_loss(self, options: dict) -> bool:
         """Whether `_loss_from_hidden` is the loss that transformers would compute with ``options``."""
@@ -327,6 +362,10 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+# transformers finds what it knows of a class, and names it in what it saves, by this name.
+FusedBloomForCausalLM.__name__ = BloomForCausalLM.__name__
 
 
 def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str) -> None:

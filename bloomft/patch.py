@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BloomForCausalLM
 
+from bloomft.adapters import adapted_layers
 from bloomft.fused_model import FUSED_CLASSES
 from lorakernels import LoRALinear, RowParts
 
@@ -106,15 +107,12 @@ def unfuse_bloom(model: BloomForCausalLM) -> BloomForCausalLM:
     return model
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Name to layer of every `LoRALinear`, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
 def adapter_state(model: BloomForCausalLM) -> dict[str, Tensor]:
     """Name to tensor of every ``lora_a`` and ``lora_b`` of a patched model, in layer order, not copied."""
     return {
-        name: value for name, value in model.state_dict().items() if name.endswith((".lora_a", ".lora_b"))
+        f"{name}.{part}": getattr(layer, part).detach()
+        for name, layer in adapted_layers(model).items()
+        for part in ("lora_a", "lora_b")
     }
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BloomForCausalLM, Trainer, TrainingArguments
 
 from bloomft.fused_model import ignore_first_labels
-from bloomft.patch import fuse_bloom, patch_bloom, unpatch_bloom
+from bloomft.patch import fuse_bloom
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.test_patch import close, plain_twin, tokens, with_trained_adapters
 
@@ -234,9 +234,3 @@ def test_a_trainer_s_own_loss_function_sees_logits(pair, tmp_path):
         for run in (trainer(copy.deepcopy(m).train(), tmp_path, {}, compute_loss_func=loss_of) for m in pair)
     ]
     close(losses[0], losses[1], 1e-6)
-
-
-def test_the_name_that_trainer_asks_for_is_transformers():
-    model = patch_bloom(tiny_model())
-    assert model._get_name() == "BloomForCausalLM"
-    assert unpatch_bloom(model)._get_name() == "BloomForCausalLM"
