@@ -117,5 +117,8 @@ def test_the_shipped_config_without_network_or_weights(tmp_path):
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "bigscience/bloom-1b7: cannot be had from the model hub" in done.stderr
+    assert (
+        "bigscience/bloom-1b7: not a local folder, and it could not be downloaded from the model hub"
+        in done.stderr
+    )
     assert "pretrained_model_name_or_path=/path/to/the/folder" in done.stderr
