@@ -36,7 +36,8 @@ def patch_bloom(
 
     Raises:
         TypeError: not a BloomForCausalLM.
-        ValueError: already patched, no linear layer is called ``target``, or ``parts`` do not fit it.
+        ValueError: already patched, no linear layer of the blocks is called ``target``, ``parts`` do not fit
+            it, or ``scale`` is 0.
     """
     if not isinstance(model, BloomForCausalLM):
         raise TypeError(f"model: expected a BloomForCausalLM, got {type(model).__name__}")
@@ -44,13 +45,17 @@ def patch_bloom(
         raise ValueError("the model is patched already; call unpatch_bloom(model) first")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = [name for name in linears if name.rsplit(".", 1)[-1] == target]
+    if target == "lm_head":
+        raise ValueError("'lm_head' cannot have an adapter: its weight is that of the embedding")
     if not chosen:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        known = sorted({name.rsplit(".", 1)[-1] for name in linears} - {"lm_head"})
         raise ValueError(f"no linear layer is called '{target}'; there are: {', '.join(known)}")
     if model.config.slow_but_exact and model.config.pretraining_tp > 1 and target.startswith("dense"):
         # transformers slices these weights by hand there and never calls the layer.
         raise ValueError(f"'{target}' cannot have an adapter while the model's config says slow_but_exact")
 
+    if scale == 0:
+        raise ValueError("scale: expected a number other than 0, with which the adapters would do nothing")
     rows = _row_parts(model, target, parts)
     adapted = {
         name: LoRALinear.from_linear(linears[name], r, scale, dropout_p=dropout_p, parts=rows)

@@ -83,10 +83,10 @@ def test_models_that_cannot_be_loaded(fail, settings, config_path, tmp_path):
     assert "a gpt2 model; this program fine-tunes BLOOM" in fail(train, path, f"{key}={tmp_path}/other")
 
 
-def test_wrong_target_and_too_long_rows(fail, settings, config_path, base_folder):
-    path = config_path(settings)
-    line = fail(train, path, "model.lora.attention_layer_name=qkv")
-    assert "model.lora: no linear layer is called 'qkv'; there are: dense" in line
+@pytest.mark.parametrize("target", ["qkv", "lm_head"])
+def test_a_wrong_target(fail, settings, config_path, target):
+    line = fail(train, config_path(settings), f"model.lora.attention_layer_name={target}")
+    assert f"attention_layer_name: {target} is not allowed; allowed: query_key_value, dense," in line
 
 
 def test_more_than_the_tokenizer_s_own_limit(fail, settings, config_path, base_folder, tmp_path):

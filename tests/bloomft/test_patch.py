@@ -395,6 +395,10 @@ def test_misuse_is_named(model):
     assert not is_patched(model)
     with pytest.raises(ValueError, match="r: expected"):
         patch_bloom(model, r=0)
+    with pytest.raises(ValueError, match="'lm_head' cannot have an adapter"):
+        patch_bloom(model, target="lm_head")
+    with pytest.raises(ValueError, match="scale: expected a number other than 0"):
+        patch_bloom(model, scale=0.0)
     with pytest.raises(ValueError, match="rows of query_key_value"):
         patch_bloom(model, target="dense", parts=["q"])
     assert not is_patched(model)
