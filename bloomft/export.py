@@ -109,9 +109,14 @@ def _check_output(output: Path, kept: Iterable[Path]) -> None:
         if Path(os.path.realpath(path)).is_relative_to(folder):
             raise UserError(f"--output {output}: the export would replace {path}; name a folder of its own")
     try:
-        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        if not names:
-            return
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror}; choose another folder with --output") from error
+    if not names:
+        return
+    try:
         listed = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"] if MARK in names else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         listed = None

@@ -4,6 +4,7 @@ Without CHECKPOINT it shows what the base writes, for comparison. The same seed 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def load_for_generation(
     ``source`` is a configuration or a folder with a merged model. ``checkpoint`` is None (the base alone), a
     checkpoint, or an exported folder: an adapter's is put on the base, a merged one stands for itself.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # unlike Path.is_dir no error for a name that is too long
         if checkpoint is not None or overrides:
             raise UserError(f"{source}: a folder stands for itself; no checkpoint and no key=value beside it")
         return _load_folder(source, "auto")

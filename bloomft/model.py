@@ -94,7 +94,7 @@ def _location(config: TransformerConfig) -> tuple[str, dict]:
     keys = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
     options = {key: value for key in keys if (value := getattr(config, key)) is not None}
     # A path that is not there must not be taken for a hub name.
-    if not Path(location).is_dir() and (location.startswith((".", "/")) or location.count("/") > 1):
+    if not os.path.isdir(location) and (location.startswith((".", "/")) or location.count("/") > 1):
         key = "model.transformer.pretrained_model_name_or_path"
         raise UserError(f"{location}: no such folder; {key} names a hub model or a local folder")
     return location, options
@@ -163,7 +163,7 @@ def _not_loaded(name: str, folder: Path | None, reading: str, error: Exception) 
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if folder is not None:
         return damaged_file(folder) or f"{folder / reading}: cannot be loaded: {reason}"
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return f"{name}: not a loadable BLOOM folder (config.json, tokenizer.json, *.safetensors): {reason}"
     return (
         f"{name}: not a local folder, and it could not be downloaded from the model hub "

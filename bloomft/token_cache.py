@@ -407,7 +407,7 @@ def _open_cache(folder: Path) -> TokenCache | None:
         # A folder that is about to be renamed has a suffix after its key.
         key = folder.name.removeprefix("tokens-").partition(".")[0]
         return TokenCache(**arrays, report=ReadReport(**meta["report"]), key=key)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

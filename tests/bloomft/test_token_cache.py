@@ -332,7 +332,7 @@ def test_a_file_that_is_deleted_while_it_is_read_is_named(texts, tokenizer, monk
         return key
 
     monkeypatch.setattr(token_cache, "_content_key", delete_after)
-    with pytest.raises(UserError, match="cannot read b.txt: No such file"):
+    with pytest.raises(UserError, match=r"cannot read b\.txt: No such file"):
         build(tokenizer)
 
 
