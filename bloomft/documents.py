@@ -169,7 +169,7 @@ def _read_file(file: Path, report: ReadReport) -> Iterator[Document | None]:
 
 def _refuse_utf16(start: bytes, file: Path) -> None:
     """Raise `UserError` if a file starts like UTF-16, whose Latin letters are valid UTF-8 with a NUL each."""
-    marked = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    marked = len(start) % 2 == 0 and start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if marked:
         try:
             codecs.getincrementaldecoder("utf-16")().decode(start)

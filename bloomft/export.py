@@ -22,6 +22,7 @@ from bloomft.arguments import parse_command
 from bloomft.checkpoint import TrainingState, check_base, find_checkpoint, load_checkpoint
 from bloomft.config import Config, LoraConfig
 from bloomft.data import IGNORE_INDEX
+from bloomft.early_checks import check_memory
 from bloomft.errors import UserError, run_command
 from bloomft.files import folder_written_aside
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
@@ -80,8 +81,10 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
     """
     kept = (Path.cwd(), checkpoint, Path(config.model.transformer.pretrained_model_name_or_path).expanduser())
     _check_output(output, kept)
+    pick_device(config.train.device)  # it is there, before a base is loaded
     state = load_checkpoint(checkpoint)
     base = load_base(config.model.transformer)
+    check_memory(config, base.model)
     model = restore(config, state, checkpoint, base)
     shift = None
     if kind == "merged":

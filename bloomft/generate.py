@@ -85,6 +85,7 @@ def load_for_generation(
             raise UserError(f"{source}: a folder stands for itself; no checkpoint and no key=value beside it")
         return _load_folder(source, "auto")
     config = load_config(source, overrides)
+    pick_device(config.train.device)  # it is there, before a base is loaded
     if checkpoint is None:
         return _fused(load_base(config.model.transformer), config.train.device)
     path = find_checkpoint(checkpoint, Path(config.train.output_dir))

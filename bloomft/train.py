@@ -33,6 +33,7 @@ from bloomft.checkpoint import (
 )
 from bloomft.config import METRIC_SCHEDULES, Config, config_to_yaml, filename_patterns, load_config
 from bloomft.data import PackedDataset, split_documents
+from bloomft.early_checks import check_early, check_memory
 from bloomft.errors import UserError, run_command
 from bloomft.files import make_folder
 from bloomft.fused_model import checkpoint_blocks, compile_blocks
@@ -65,12 +66,14 @@ def train(config: Config) -> TrainResult:
     Raises `UserError` for whatever the user can mend. After Ctrl-C or SIGTERM the current step ends, is saved
     and the function returns.
     """
+    check_early(config)
     device = pick_device(config.train.device)
     dtype = pick_dtype(config.train.precision, device)
     run_dir = Path(config.train.output_dir)
     resume_path = _resume_path(config, run_dir)
     make_folder(run_dir)
     base = load_base(config.model.transformer)
+    check_memory(config, base.model)
     data, heldout, data_identity = load_data(config, base)
     torch.manual_seed(config.data.random_state)
     model = patch_base(base, config.model, device, dtype)
