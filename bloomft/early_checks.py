@@ -25,7 +25,7 @@ def check_early(config: Config) -> None:
     _check_schedule(config.optim.scheduler)
     check_memory(config)
     for folder in (config.train.output_dir, config.data.cache_dir):
-        _check_folder(Path(folder))
+        check_folder(Path(folder))
     list_files(filename_patterns(config.data))
 
 
@@ -56,7 +56,7 @@ def check_memory(config: Config, model: BloomForCausalLM | None = None) -> None:
             raise UserError(f"{what}: takes at least {sizes}; lower it")
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise `UserError` unless ``folder``, or the nearest folder above it that exists, can be written."""
     try:
         folder.lstat()

@@ -22,7 +22,7 @@ from bloomft.arguments import parse_command
 from bloomft.checkpoint import TrainingState, check_base, find_checkpoint, load_checkpoint
 from bloomft.config import Config, LoraConfig
 from bloomft.data import IGNORE_INDEX
-from bloomft.early_checks import check_memory
+from bloomft.early_checks import check_folder, check_memory
 from bloomft.errors import UserError, run_command
 from bloomft.files import folder_written_aside
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
@@ -59,11 +59,11 @@ def restore(config: Config, state: TrainingState, path: Path, base: Base):
     if the base is not the one that the checkpoint was trained on.
     """
     check_base(state, base.name, base.fingerprint, path)
-    config.model.lora = LoraConfig(**state.lora)
-    model = patch_base(base, config.model, pick_device(config.train.device), base.dtype)
     try:
+        config.model.lora = LoraConfig(**state.lora)
+        model = patch_base(base, config.model, pick_device(config.train.device), base.dtype)
         load_adapter_state(model, state.adapters)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     if bad := [name for name, value in state.adapters.items() if not value.isfinite().all()]:
         raise UserError(
@@ -81,6 +81,7 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
     """
     kept = (Path.cwd(), checkpoint, Path(config.model.transformer.pretrained_model_name_or_path).expanduser())
     _check_output(output, kept)
+    check_folder(output)
     pick_device(config.train.device)  # it is there, before a base is loaded
     state = load_checkpoint(checkpoint)
     base = load_base(config.model.transformer)
@@ -174,7 +175,7 @@ def _merge(
     )
     for name, value in dataclasses.asdict(shift).items():
         if value is not None and not math.isfinite(value):
-            raise UserError(f"{checkpoint}: {name} of the merged model is {value}; nothing was written")
+            raise UserError(f"{checkpoint}: {name} is {value} after merging; nothing was written")
     return model, shift
 
 

@@ -318,6 +318,8 @@ class FusedBloomForCausalLM(BloomForCausalLM):
                 **options,
             )
             return
+        if state_dict is not None and _holds_adapters(self, state_dict):
+            state_dict = None  # Trainer hands over the state of the model that it has compiled
         asked = {"state_dict": state_dict, "push_to_hub": push_to_hub, **options}
         about_shards = {"max_shard_size", "save_peft_format", "save_original_format", "token"}
         if refused := [name for name in asked.keys() - about_shards if asked[name]]:
@@ -412,6 +414,16 @@ FUSED_CLASSES = {
     BloomMLP: FusedBloomMLP,
     nn.Linear: FusedLinear,
 }
+
+
+def _holds_adapters(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Whether ``state``, of ``model`` or of what torch.compile made of it, has the adapters as they are now."""
+    values = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    return all(
+        f"{name}.{part}" in values and torch.equal(values[f"{name}.{part}"], getattr(layer, part))
+        for name, layer in adapted_layers(model).items()
+        for part in ("lora_a", "lora_b")
+    )
 
 
 def _made_again(output: Tensor, layer: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:

@@ -206,6 +206,14 @@ def test_folders_that_hold_something_else_are_no_output(trained, tmp_path, base_
     assert (run_dir / "last.ckpt").exists()
 
 
+def test_an_output_that_cannot_be_written_is_found_before_the_base_is_loaded(trained, tmp_path, monkeypatch):
+    path, _ = trained
+    monkeypatch.setattr(export_module, "load_base", lambda _: pytest.fail("a base was loaded"))
+    for output, reason in ((path / "x", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(UserError, match=reason):
+            main([str(path), "last.ckpt", "--output", str(output)])
+
+
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_what_is_not_finite_is_not_exported(trained, tmp_path, kind, monkeypatch):
     path, run_dir = trained
@@ -223,7 +231,7 @@ def test_a_merge_that_overflows_is_not_exported(trained, monkeypatch):
     for value in state.adapters.values():
         value.fill_(1e25)
     monkeypatch.setattr(export_module, "load_checkpoint", lambda _: state)
-    with pytest.raises(UserError, match=r"last.ckpt: .* is (nan|inf); nothing was written"):
+    with pytest.raises(UserError, match=r"last.ckpt: \w+ is (nan|inf) after merging; nothing"):
         main([str(path), "last.ckpt"])
     assert not (run_dir / "merged").exists()
 

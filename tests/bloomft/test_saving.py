@@ -60,6 +60,16 @@ def test_checkpoints_of_a_real_trainer_keep_the_adapters(patched, base_folder, t
         assert_loads(tmp_path / "checkpoint-1", patched, base_folder)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_state_dict_of_the_model_s_own_is_understood(patched, base_folder, tmp_path, compiled):
+    module = torch.compile(patched, backend="eager") if compiled else patched
+    module.save_pretrained(tmp_path, state_dict=module.state_dict())
+    assert_loads(tmp_path, patched, base_folder)
+    other = {name: value + 1 for name, value in patched.state_dict().items()}
+    with pytest.raises(ValueError, match="state_dict: "):
+        patched.save_pretrained(tmp_path, state_dict=other)
+
+
 def test_push_to_hub_uploads_the_adapters(patched, base_folder, tmp_path, monkeypatch):
     class Hub:
         repo_id = "me/mine"
