@@ -22,7 +22,7 @@ def check_early(config: Config) -> None:
     if logger != "none" and importlib.util.find_spec(logger) is None:
         where = f"pip install 'bloomft[{logger}]'"
         raise UserError(f"train.logger={logger}: {logger} is not installed; {where}, or choose none")
-    _check_schedule(config.optim.scheduler)
+    _check_schedule(config.optim.scheduler, config.optim.optimizer.lr)
     check_memory(config)
     for folder in (config.train.output_dir, config.data.cache_dir):
         check_folder(Path(folder))
@@ -73,12 +73,12 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written: no permission to write into {nearest}")
 
 
-def _check_schedule(settings: SchedulerConfig) -> None:
+def _check_schedule(settings: SchedulerConfig, lr: float) -> None:
     """Raise `UserError` where the schedule or its extra arguments fail at the first, middle or last step."""
     extra, total = settings.scheduler_specific_kwargs, settings.num_training_steps
     if extra and settings.name in ("constant", "constant_with_warmup"):
         raise UserError(f"optim.scheduler: {settings.name} takes no scheduler_specific_kwargs")
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
     try:
         schedule = get_scheduler(settings.name, optimizer, settings.num_warmup_steps, total, dict(extra))
         if settings.name in METRIC_SCHEDULES:

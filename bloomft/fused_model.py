@@ -417,10 +417,10 @@ FUSED_CLASSES = {
 
 
 def _holds_adapters(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Whether ``state``, of ``model`` or of what torch.compile made of it, has the adapters as they are now."""
+    """Whether ``state``, of ``model`` or of a compilation of it, has the adapters as they are now."""
     values = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
     return all(
-        f"{name}.{part}" in values and torch.equal(values[f"{name}.{part}"], getattr(layer, part))
+        f"{name}.{part}" in values and torch.equal(values[f"{name}.{part}"].cpu(), getattr(layer, part).cpu())
         for name, layer in adapted_layers(model).items()
         for part in ("lora_a", "lora_b")
     )

@@ -128,6 +128,10 @@ EARLY = {
         ["optim.scheduler.name=cosine", "optim.scheduler.scheduler_specific_kwargs={num_cycles: many}"],
         "optim.scheduler: cosine: ",
     ),
+    "lr_below_its_end": (
+        ["optim.scheduler.name=polynomial", "optim.optimizer.lr=1e-9"],
+        "optim.scheduler: polynomial: ",
+    ),
     "ignored_kwargs": (
         ["optim.scheduler.name=constant", "optim.scheduler.scheduler_specific_kwargs={num_cycles: 2}"],
         "constant takes no scheduler_specific_kwargs",
