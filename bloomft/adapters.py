@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -32,6 +33,16 @@ _UNDERSTOOD = {
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Name to layer of every `LoRALinear`, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def holds_adapters(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Whether ``state``, of ``model`` or of a compilation of it, has the adapters as they are now."""
+    values = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    return all(
+        f"{name}.{part}" in values and torch.equal(values[f"{name}.{part}"].cpu(), getattr(layer, part).cpu())
+        for name, layer in adapted_layers(model).items()
+        for part in ("lora_a", "lora_b")
+    )
 
 
 def save_peft_adapter(model: nn.Module, folder: Path, base_name: str) -> None:

@@ -26,7 +26,7 @@ from transformers.models.bloom.modeling_bloom import (
 )
 from transformers.utils.deprecation import deprecate_kwarg
 
-from bloomft.adapters import adapted_layers, save_peft_adapter
+from bloomft.adapters import adapted_layers, holds_adapters, save_peft_adapter
 from bloomft.data import IGNORE_INDEX
 from bloomft.files import make_folder
 from bloomft.runtime import release_freed_memory
@@ -318,7 +318,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
                 **options,
             )
             return
-        if state_dict is not None and _holds_adapters(self, state_dict):
+        if state_dict is not None and holds_adapters(self, state_dict):
             state_dict = None  # Trainer hands over the state of the model that it has compiled
         asked = {"state_dict": state_dict, "push_to_hub": push_to_hub, **options}
         about_shards = {"max_shard_size", "save_peft_format", "save_original_format", "token"}
@@ -414,16 +414,6 @@ FUSED_CLASSES = {
     BloomMLP: FusedBloomMLP,
     nn.Linear: FusedLinear,
 }
-
-
-def _holds_adapters(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Whether ``state``, of ``model`` or of a compilation of it, has the adapters as they are now."""
-    values = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
-    return all(
-        f"{name}.{part}" in values and torch.equal(values[f"{name}.{part}"].cpu(), getattr(layer, part).cpu())
-        for name, layer in adapted_layers(model).items()
-        for part in ("lora_a", "lora_b")
-    )
 
 
 def _made_again(output: Tensor, layer: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
