@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 
 from bloomft.errors import UserError
 
+_MARK = "[0-9a-f]" * 8  # of a folder that is written aside, as a glob pattern
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` beside ``path``, sync it to the disk, then rename it into place.
@@ -92,11 +94,11 @@ def _locked_scratch(folder: Path) -> tuple[Path, int]:
 def _clear_leftovers(folder: Path) -> None:
     """Remove what killed processes left beside ``folder``; an old one that nothing followed is put back."""
     name = glob.escape(folder.name)
-    for leftover in sorted(folder.parent.glob(f".{name}-old-????????")):
+    for leftover in sorted(folder.parent.glob(f".{name}-old-{_MARK}")):
         if not folder.exists():
             os.rename(leftover, folder)
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in folder.parent.glob(f".{name}-new-????????"):
+    for leftover in folder.parent.glob(f".{name}-new-{_MARK}"):
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
             lock = os.open(leftover, os.O_RDONLY)
             try:
