@@ -1,8 +1,8 @@
 """The command line that export and generate share: options, then configuration overrides."""
 
 import argparse
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from bloomft.config import Config, load_config
@@ -32,7 +32,7 @@ def split_overrides(
     words, overrides, expects_value = [], [], False
     for word in arguments:
         is_override = (
-            not word.startswith("-") and "=" in word and not expects_value and not Path(word).exists()
+            not word.startswith("-") and "=" in word and not expects_value and not os.path.exists(word)
         )
         (overrides if is_override else words).append(word)
         expects_value = word.startswith("--") and "=" not in word

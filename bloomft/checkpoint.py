@@ -121,10 +121,11 @@ def load_checkpoint(path: Path) -> TrainingState:
 def find_checkpoint(given: str, run_dir: Path) -> Path:
     """``given`` as it stands, or inside the run's folder if relative and not there; else `UserError`."""
     path = Path(given).expanduser()
-    if path.exists():
+    # Path.exists raises for a name that is too long
+    if os.path.exists(path):
         return path
     inside = run_dir / path
-    if not path.is_absolute() and inside.exists():
+    if not path.is_absolute() and os.path.exists(inside):
         return inside
     places = f"{path} or {inside}" if not path.is_absolute() else str(path)
     known = ", ".join(sorted(found.name for found in run_dir.glob("*.ckpt"))[:8])
@@ -134,6 +135,11 @@ def find_checkpoint(given: str, run_dir: Path) -> Path:
 
 def check_base(state: TrainingState, base_name: str, base_fingerprint: str, path: Path) -> None:
     """Raise `UserError` unless the checkpoint was trained on this very base model."""
+    if len(state.base["fingerprint"]) != len(base_fingerprint):
+        raise UserError(
+            f"{path}: knows its base by a sample of the weights only, as earlier versions did; "
+            "train.resume=never starts anew"
+        )
     if state.base["fingerprint"] != base_fingerprint:
         raise UserError(
             f"{path}: trained on the base model {state.base['name']} ({state.base['fingerprint'][:8]}), "

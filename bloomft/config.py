@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bloomft.config_origin import Origin, all_keys, first_line, parse_yaml
 from bloomft.errors import UserError
 
 SCHEDULES = (
@@ -37,10 +39,15 @@ SCHEDULES = (
     "greedy",
 )
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+LARGEST_FILE = 2**18  # bytes; YAML of this size takes about two seconds to read
 
 
 def _key(default: Any, doc: str, **bounds: Any) -> Any:
-    """A dataclass field with its documentation and bounds: at_least, above, at_most, below, choices, kind."""
+    """A dataclass field with its documentation and bounds.
+
+    Bounds are at_least, above, at_most, below, nonzero, length, choices, several (of these, as a list), kind.
+    """
     metadata = {"doc": doc, **bounds}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -90,12 +97,17 @@ class TransformerConfig:
 class LoraConfig:
     """The adapters. `lora_dim` 8 and `lora_scale` 4 are PEFT's r=8 and lora_alpha=32."""
 
-    lora_dim: int = _key(8, "rank r", at_least=1)
-    lora_scale: float = _key(4.0, "factor of B·A (PEFT's lora_alpha / r)")
-    attention_layer_name: str = _key("query_key_value", "name of the linear layers that get an adapter")
+    lora_dim: int = _key(8, "rank r", at_least=1, at_most=2**16)
+    lora_scale: float = _key(4.0, "factor of B·A (PEFT's lora_alpha / r)", nonzero=True)
+    attention_layer_name: str = _key(
+        "query_key_value", "name of the linear layers that get an adapter", choices=TARGETS
+    )
     lora_dropout: float = _key(0.0, "dropout on the adapter's input", at_least=0, below=1)
     parts: Any = _key(
-        None, "adapt only these rows of query_key_value, e.g. `[q, v]`; default all", choices=("q", "k", "v")
+        None,
+        "adapt only these rows of query_key_value, e.g. `[q, v]`; default all",
+        choices=("q", "k", "v"),
+        several=True,
     )
 
 
@@ -187,48 +199,67 @@ class Config:
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``overrides`` (``a.b.c=value``), check everything.
 
-    ``train.output_dir`` and ``data.cache_dir`` come back filled in. Raises `UserError` with the key's full
-    path, its line in the file (or "command line"), what is allowed and a suggestion for an unknown key.
+    ``train.output_dir`` and ``data.cache_dir`` come back filled in. The hub's access token is taken out of
+    ``sys.argv``, which loggers record. Raises `UserError` with the key's full path, its line in the file (or
+    "command line"), what is allowed and a suggestion for an unknown key.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        config = _resolve(path, overrides)
+    except RecursionError as error:
+        raise UserError(f"{path} or the command line: nested too deeply") from error
+    config.train.output_dir = str(Path(config.train.output_dir or Path("runs") / path.stem).expanduser())
+    config.data.cache_dir = str(Path(config.data.cache_dir or default_cache_dir()).expanduser())
+    if token := config.model.transformer.token:
+        for words in (sys.argv, sys.orig_argv):
+            words[:] = [word.replace(token, "hidden") for word in words]
+    return config
+
+
+def _resolve(path: Path, overrides: Sequence[str]) -> Config:
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot read the configuration: {reason}") from error
-    origin = _Origin(path, text)
-    layers = [_parse_yaml(text, origin)]
+    if len(content) > LARGEST_FILE:
+        raise UserError(f"{path}: no configuration is larger than {LARGEST_FILE} bytes")
+    origin = Origin(path, text)
+    if (layer := parse_yaml(text, origin)) is None:
+        raise UserError(f"{path}: expected the nodes {', '.join(_names(Config))} with keys below them")
+    merged = _merge(OmegaConf.structured(Config), layer, origin)
     for override in overrides:
-        name, separator, _ = override.partition("=")
-        if not separator or not name:
+        name, _, value = override.partition("=")
+        if not name or not value:
             raise UserError(f"command line: '{override}' is not of the form key=value")
-        origin.overrides[name] = override
         try:
-            layers.append(OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(f"command line: '{override}' cannot be read: {_first_line(error)}") from error
-
-    merged = OmegaConf.structured(Config)
-    for layer in layers:
-        _check_names(layer, Config, "", origin)
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            key = error.full_key or ""
-            raise UserError(f"{origin(key)}: {_allowed(key, _raw(layer, key))}") from error
+            layer = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            raise UserError(f"command line: '{override}' cannot be read: {first_line(error)}") from error
+        origin.overridden.update(all_keys(layer))
+        merged = _merge(merged, layer, origin)
     try:
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise UserError(f"{path}: {missing[0]} is missing: {_describe(missing[0])}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"{origin(error.full_key or '')}: {_first_line(error)}") from error
+        raise UserError(f"{origin(error.full_key or '')}: {first_line(error)}") from error
     for key, spec, value in _leaves(config):
         if not _is_allowed(spec, value):
             raise UserError(f"{origin(key)}: {_allowed(key, value)}")
     _check_together(config, origin)
-    config.train.output_dir = config.train.output_dir or str(Path("runs") / path.stem)
-    config.data.cache_dir = str(Path(config.data.cache_dir or default_cache_dir()).expanduser())
     return config
+
+
+def _merge(merged: DictConfig, layer: DictConfig, origin: Origin) -> DictConfig:
+    _check_names(layer, Config, "", origin)
+    try:
+        return OmegaConf.merge(merged, layer)
+    except (OmegaConfBaseException, ValueError) as error:
+        key = getattr(error, "full_key", None) or ""
+        raise UserError(f"{origin(key)}: {_allowed(key, _raw(layer, key))}") from error
 
 
 def default_cache_dir() -> Path:
@@ -258,49 +289,6 @@ def reference_table() -> str:
     return "\n".join(rows)
 
 
-class _Origin:
-    """Says where a key was written: ``file:line: key`` or ``command line: key``."""
-
-    def __init__(self, path: Path, text: str):
-        self.path = path
-        self.overrides: dict[str, str] = {}
-        self._lines: dict[str, int] = {}
-        self._text = text
-
-    def __call__(self, key: str) -> str:
-        if re.sub(r"\[\d+\]$", "", key) in self.overrides:
-            return f"command line: {key}"
-        if not self._lines:
-            self._lines = dict(_key_lines(yaml.compose(self._text), ""))
-        return f"{self.path}:{self._lines.get(key, 1)}: {key}" if key else f"{self.path}"
-
-
-def _key_lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            key = f"{prefix}{name.value}"
-            yield key, name.start_mark.line + 1
-            yield from _key_lines(value, f"{key}.")
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield f"{prefix.removesuffix('.')}[{index}]", value.start_mark.line + 1
-
-
-def _parse_yaml(text: str, origin: _Origin) -> DictConfig:
-    try:
-        node = yaml.compose(text)
-        # Duplicate keys and odd tags surface here, not in compose.
-        loaded = OmegaConf.create(text) if isinstance(node, yaml.MappingNode) else None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{origin.path}{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{origin.path}: not valid YAML: {_first_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{origin.path}: expected the nodes {', '.join(_names(Config))} with keys below them")
-    return loaded
-
-
 def _names(node: type) -> dict[str, dataclasses.Field]:
     return {spec.name: spec for spec in dataclasses.fields(node)}
 
@@ -313,7 +301,7 @@ def _known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _check_names(values: Any, node: type, prefix: str, origin: _Origin) -> None:
+def _check_names(values: Any, node: type, prefix: str, origin: Origin) -> None:
     names = _names(node)
     for name in values:
         key = f"{prefix}{name}"
@@ -322,10 +310,11 @@ def _check_names(values: Any, node: type, prefix: str, origin: _Origin) -> None:
             elsewhere = [known for known in _known_keys() if known.rsplit(".", 1)[-1] == name]
             guess = f"{prefix}{close[0]}" if close else (elsewhere[0] if elsewhere else "")
             hint = f"; did you mean {guess}?" if guess else ""
-            where = next((o for o in origin.overrides if o == key or o.startswith(f"{key}.")), None)
-            place = f"command line: {key}" if where else origin(key)
-            raise UserError(f"{place}: unknown key{hint} (allowed here: {', '.join(names)})")
+            raise UserError(f"{origin(key)}: unknown key{hint} (allowed here: {', '.join(names)})")
         kind = names[name].type
+        other = {list: DictConfig, dict: ListConfig}.get(typing.get_origin(kind))
+        if other and isinstance(values._get_node(name), other):
+            raise UserError(f"{origin(key)}: {_allowed(key, _raw(values, str(name)))}")
         if dataclasses.is_dataclass(kind):
             child = values._get_node(name)
             if not isinstance(child, DictConfig) or child._is_none():
@@ -344,7 +333,9 @@ def _spec(key: str) -> dataclasses.Field | None:
     node: Any = Config
     spec = None
     for name in re.sub(r"\[\d+\]", "", key).split("."):
-        spec = _names(node).get(name) if dataclasses.is_dataclass(node) else None
+        if not dataclasses.is_dataclass(node):
+            return spec  # a key inside a value
+        spec = _names(node).get(name)
         if spec is None:
             return None
         node = spec.type
@@ -362,21 +353,24 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 def _is_allowed(spec: dataclasses.Field, value: Any) -> bool:
     rules = spec.metadata
+    if isinstance(value, dict) and typing.get_origin(spec.type) is not dict:
+        return False
+    items = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+    if not all(_is_plain(item) for item in items):
+        return False
     if rules.get("kind") == "strings":
-        items = [value] if isinstance(value, str) else value
-        return (
-            isinstance(items, list) and bool(items) and all(isinstance(item, str) and item for item in items)
-        )
+        return bool(items) and all(isinstance(item, str) for item in items)
     if value is None:
         return True  # what a key without a default may not be, its type has refused before
     if "choices" in rules:
-        chosen = value if isinstance(value, list) else [value]
-        return bool(chosen) and all(item in rules["choices"] for item in chosen)
-    numbers = value if isinstance(value, list) else [value]
-    if "length" in rules and len(numbers) != rules["length"]:
+        if isinstance(value, list) and not (rules.get("several") and len(set(items)) == len(items)):
+            return False
+        known = [(type(choice), choice) for choice in rules["choices"]]
+        return bool(items) and all((type(item), item) in known for item in items)
+    if "length" in rules and len(items) != rules["length"]:
         return False
-    for number in numbers:
-        if isinstance(number, float) and not math.isfinite(number):
+    for number in items:
+        if "nonzero" in rules and number == 0:
             return False
         if "at_least" in rules and number < rules["at_least"]:
             return False
@@ -389,6 +383,18 @@ def _is_allowed(spec: dataclasses.Field, value: Any) -> bool:
     return True
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` is null, a boolean, a finite number of 64 bits, or text that a file can hold."""
+    if isinstance(value, str):
+        try:
+            return value.encode() != b"" and "\0" not in value
+        except UnicodeEncodeError:
+            return False
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or (isinstance(value, int) and abs(value) < 2**63)
+
+
 def _bounds_text(spec: dataclasses.Field) -> str:
     rules = spec.metadata
     if rules.get("kind") == "strings":
@@ -399,11 +405,12 @@ def _bounds_text(spec: dataclasses.Field) -> str:
     if len(options := [t for t in typing.get_args(kind) if t is not type(None)]) == 1:
         kind = options[0] if typing.get_origin(kind) is not list else kind
     plain = {int: "integer", float: "number", bool: "true or false", str: "text"}
-    text = plain.get(kind, "a mapping")
+    text = plain.get(kind, "a mapping of names to numbers or texts")
     if typing.get_origin(kind) is list:
         text = f"{rules.get('length', 'some')} numbers"
     words = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
     limits = [f"{sign} {_power(rules[name])}" for name, sign in words.items() if name in rules]
+    limits += ["≠ 0"] if "nonzero" in rules else []
     return f"{text} {' and '.join(limits)}" if limits else text
 
 
@@ -431,17 +438,25 @@ def _allowed(key: str, value: Any) -> str:
 def _yaml_scalar(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "a number of more than 64 bits"
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _check_together(config: Config, origin: _Origin) -> None:
-    schedule = config.optim.scheduler
+def _check_together(config: Config, origin: Origin) -> None:
+    lora, schedule = config.model.lora, config.optim.scheduler
+    if lora.parts is not None and lora.attention_layer_name != "query_key_value":
+        raise UserError(
+            f"{origin('model.lora.parts')}: {_yaml_scalar(lora.parts)} are rows of query_key_value; "
+            f"{lora.attention_layer_name} has no such parts"
+        )
+    if config.train.output_dir and Path(config.train.output_dir).resolve() == Path("/"):
+        raise UserError(
+            f"{origin('train.output_dir')}: {config.train.output_dir} is no folder for a run alone"
+        )
     if schedule.num_warmup_steps > schedule.num_training_steps:
         raise UserError(
             f"{origin('optim.scheduler.num_warmup_steps')}: {schedule.num_warmup_steps} is more than "

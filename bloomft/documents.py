@@ -18,6 +18,8 @@ from bloomft.errors import UserError
 
 INSTALLED_READMES = "builtin:installed-readmes"
 MIN_README_CHARACTERS = 200
+# Read as one raw text each, these would teach the model their format.
+NOT_TEXT = (".csv", ".tsv", ".json", ".ndjson", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")
 
 _ROW_FORMS = 'expected {"text": "..."} or {"prompt": "...", "response": "..."}'
 
@@ -51,7 +53,8 @@ def list_files(patterns: Sequence[str]) -> list[Path]:
     """The files that the glob patterns name, sorted, each file once.
 
     ``~`` and ``**`` are understood; relative patterns start at the current directory. The pattern
-    `INSTALLED_READMES` stands for itself in the result. Raises `UserError` for a pattern that names no file.
+    `INSTALLED_READMES` stands for itself in the result. Raises `UserError` for a pattern that names no file
+    and for a file whose suffix is in `NOT_TEXT`.
     """
     if not patterns:
         raise UserError("data.filenames is empty: name at least one file or pattern")
@@ -65,12 +68,20 @@ def list_files(patterns: Sequence[str]) -> list[Path]:
         matches = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
         files = [match for match in matches if os.path.isfile(match)]
         if not files:
-            why = "matches folders only" if matches else "matches no file"
+            why = "matches no file"
+            if matches:
+                folders = all(map(os.path.isdir, matches))
+                why = "matches folders only" if folders else f"matches no regular file ({matches[0]} is none)"
             raise UserError(
                 f"data.filenames: {pattern!r} {why} (searched from {os.getcwd()}); "
                 "correct the pattern, e.g. 'texts/**/*.md'"
             )
         for file in sorted(files):
+            if file.lower().endswith(NOT_TEXT):
+                raise UserError(
+                    f"data.filenames: {file}: {Path(file).suffix} files are not read; convert it to *.jsonl "
+                    'with one {"text": "..."} a line, or name patterns without it'
+                )
             found.setdefault(os.path.realpath(file), file)
     return sorted(Path(file) for file in found.values())
 
@@ -80,8 +91,8 @@ def read_documents(files: Sequence[Path], report: ReadReport) -> Iterator[Docume
 
     A ``*.jsonl`` file holds one JSON object a line, with ``text``, or with ``prompt`` and ``response`` (other
     keys are ignored); any other file is one document. Invalid UTF-8 (of a JSONL file: that line) and
-    documents of whitespace only are skipped and counted. Raises `UserError` for an unreadable file and, with
-    its line, for a wrong JSONL row.
+    documents of whitespace only are skipped and counted. Raises `UserError` for an unreadable file, for
+    UTF-16 and, with its line, for a wrong JSONL row.
     """
     for file in files:
         try:
@@ -94,7 +105,9 @@ def read_documents(files: Sequence[Path], report: ReadReport) -> Iterator[Docume
                     report.documents += 1
                     yield document
         except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror or error}; mend or leave it out") from error
+            raise UserError(
+                f"cannot read {file}: {error.strerror or error}; correct it or leave it out"
+            ) from error
 
 
 def is_jsonl(file: Path) -> bool:
@@ -135,6 +148,7 @@ def _read_file(file: Path, report: ReadReport) -> Iterator[Document | None]:
         return
     if is_jsonl(file):
         with open(file, "rb") as lines:
+            _refuse_utf16(lines.peek(4096)[:4096], file)
             report.files += 1
             for number, line in enumerate(lines, start=1):
                 row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -142,6 +156,7 @@ def _read_file(file: Path, report: ReadReport) -> Iterator[Document | None]:
                     yield _parse_row(row, f"{file}:{number}")
         return
     data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    _refuse_utf16(data[:4096], file)
     report.files += 1
     try:
         text = data.decode()
@@ -150,6 +165,18 @@ def _read_file(file: Path, report: ReadReport) -> Iterator[Document | None]:
         return
     del data
     yield Document(text)
+
+
+def _refuse_utf16(start: bytes, file: Path) -> None:
+    """Raise `UserError` if a file starts like UTF-16, whose Latin letters are valid UTF-8 with a NUL each."""
+    marked = len(start) % 2 == 0 and start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if marked:
+        try:
+            codecs.getincrementaldecoder("utf-16")().decode(start)
+        except UnicodeDecodeError:
+            marked = False
+    if marked or start.count(0) > len(start) // 3:
+        raise UserError(f"{file}: looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {file}")
 
 
 def _parse_row(line: bytes, where: str) -> Document | None:

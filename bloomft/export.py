@@ -4,7 +4,10 @@
 """
 
 import argparse
+import dataclasses
 import json
+import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from bloomft.arguments import parse_command
 from bloomft.checkpoint import TrainingState, check_base, find_checkpoint, load_checkpoint
 from bloomft.config import Config, LoraConfig
 from bloomft.data import IGNORE_INDEX
+from bloomft.early_checks import check_folder, check_memory
 from bloomft.errors import UserError, run_command
 from bloomft.files import folder_written_aside
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
@@ -54,42 +58,84 @@ def restore(config: Config, state: TrainingState, path: Path, base: Base):
     if the base is not the one that the checkpoint was trained on.
     """
     check_base(state, base.name, base.fingerprint, path)
-    config.model.lora = LoraConfig(**state.lora)
-    model = patch_base(base, config.model, pick_device(config.train.device), base.dtype)
     try:
+        config.model.lora = LoraConfig(**state.lora)
+        model = patch_base(base, config.model, pick_device(config.train.device), base.dtype)
         load_adapter_state(model, state.adapters)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+    if bad := [name for name, value in state.adapters.items() if not value.isfinite().all()]:
+        raise UserError(
+            f"{path}: {bad[0]} is not finite ({len(bad)} adapter tensors); take an earlier checkpoint"
+        )
     return model.eval()
 
 
 def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeShift | None:
     """Write ``output`` from ``checkpoint``; ``kind`` is "merged" or "adapter".
 
-    The folder is written aside and renamed into place; an earlier export there is replaced, anything else is
-    a `UserError`. Returns how far merging moved the model, None for an adapter.
+    The folder is written aside and takes the place of an earlier export there in one step; whatever else is
+    there is a `UserError`, and so are logits or losses that are not finite. Returns how far merging moved the
+    model, None for an adapter.
     """
-    if (
-        output.exists()
-        and not (output / MARK).is_file()
-        and not (output.is_dir() and not any(output.iterdir()))
-    ):
-        raise UserError(f"{output}: exists and is no earlier export; choose another folder with --output")
+    kept = (Path.cwd(), checkpoint, Path(config.model.transformer.pretrained_model_name_or_path).expanduser())
+    _check_output(output, kept)
+    check_folder(output)
+    pick_device(config.train.device)  # it is there, before a base is loaded
     state = load_checkpoint(checkpoint)
     base = load_base(config.model.transformer)
+    check_memory(config, base.model)
     model = restore(config, state, checkpoint, base)
+    shift = None
+    if kind == "merged":
+        model, shift = _merge(config, base, model, checkpoint)
     with folder_written_aside(output) as scratch:
-        shift = None
-        if kind == "adapter":
-            save_peft_adapter(model, scratch, base.location)
+        if kind == "merged":
+            model.save_pretrained(scratch)
+            base.tokenizer.save_pretrained(scratch)
         else:
-            shift = _save_merged(config, base, model, scratch)
+            save_peft_adapter(model, scratch, base.location)
         about = {"checkpoint": checkpoint.name, "step": state.step, "format": kind, "base": state.base}
+        about["files"] = sorted(path.name for path in scratch.iterdir())
         (scratch / MARK).write_text(json.dumps(about, indent=2) + "\n")
+        _check_output(output, kept)  # loading took a while
     return shift
 
 
-def _save_merged(config: Config, base: Base, model, folder: Path) -> MergeShift:
+def _check_output(output: Path, kept: Iterable[Path]) -> None:
+    """Raise `UserError` unless ``output`` is new, empty, or an earlier export with no other file in it.
+
+    It may be none of the paths ``kept`` and have none of them below it.
+    """
+    folder = Path(os.path.realpath(output))
+    for path in kept:
+        if Path(os.path.realpath(path)).is_relative_to(folder):
+            raise UserError(f"--output {output}: the export would replace {path}; name a folder of its own")
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror}; choose another folder with --output") from error
+    if not names:
+        return
+    try:
+        listed = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"] if MARK in names else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        listed = None
+    if not isinstance(listed, list):
+        raise UserError(f"{output}: exists and is no earlier export; choose another folder with --output")
+    if foreign := sorted(name for name in names - {MARK} if name not in listed):
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise UserError(
+            f"{output}: {shown}: not written by the earlier export there; move it or choose --output"
+        )
+
+
+def _merge(
+    config: Config, base: Base, model: BloomForCausalLM, checkpoint: Path
+) -> tuple[BloomForCausalLM, MergeShift]:
+    """Plain transformers with the adapters in its weights, and how far that moved it."""
     try:
         _, heldout, _ = load_data(config, base)
     except UserError as error:
@@ -114,19 +160,22 @@ def _save_merged(config: Config, base: Base, model, folder: Path) -> MergeShift:
         )
         measured.append((logits, loss))
     (unmerged, unmerged_loss), (merged, merged_loss) = measured
-    unfuse_bloom(model).save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
+    unfuse_bloom(model)
     transformers_loss = None
     if heldout is not None and base.dtype.itemsize == 2:
         batches = heldout.eval_batches(config.train.batch_size, config.train.eval_max_batches)
         transformers_loss = _loss_by_document(model, batches)
-    return MergeShift(
+    shift = MergeShift(
         (merged - unmerged).abs().max().item(),
         unmerged.abs().max().item(),
         unmerged_loss,
         merged_loss,
         transformers_loss,
     )
+    for name, value in dataclasses.asdict(shift).items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{checkpoint}: {name} is {value} after merging; nothing was written")
+    return model, shift
 
 
 @torch.no_grad()

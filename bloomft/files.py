@@ -1,5 +1,9 @@
 """Write files so that a crash or a full disk never leaves a half-written one under its name."""
 
+import contextlib
+import ctypes
+import fcntl
+import glob
 import os
 import re
 import secrets
@@ -10,9 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError
+
 from bloomft.errors import UserError
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)-[0-9a-f]{8}")
+_MARK = "[0-9a-f]" * 8  # of a folder that is written aside, as a glob pattern
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -102,28 +109,94 @@ class AppendedFile:
 def folder_written_aside(folder: Path) -> Iterator[Path]:
     """A scratch folder beside ``folder`` that takes its name, synced, when the block ends without an error.
 
-    What stood under that name is removed after the swap. Raises `UserError` where it cannot be written.
+    The two change places in one step where the file system can do that, so that ``folder`` is the old one or
+    the new one whenever the process is killed; what was there is removed after that. A symbolic link is
+    followed. What killed processes left behind is put back or removed first. Raises `UserError` where it
+    cannot be written; ``folder`` is then as it was.
     """
-    mark = secrets.token_hex(4)
-    scratch, retired = (folder.with_name(f".{folder.name}-{kind}-{mark}") for kind in ("new", "old"))
+    target = Path(os.path.realpath(folder))
     try:
-        make_folder(folder.parent)
-        scratch.mkdir()
+        make_folder(target.parent)
+        _clear_leftovers(target)
+        scratch, lock = _locked_scratch(target)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+    retired = _beside(target, "old", scratch.name[-8:])
+    try:
         yield scratch
         for path in scratch.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         sync_folder(scratch)
-        if folder.exists():
-            os.replace(folder, retired)
-        os.replace(scratch, folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        _swap(scratch, target, retired)
+        sync_folder(target.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: cannot be written: {reason}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        os.close(lock)
+
+
+def _beside(folder: Path, kind: str, mark: str) -> Path:
+    return folder.with_name(f".{folder.name}-{kind}-{mark}")
+
+
+def _locked_scratch(folder: Path) -> tuple[Path, int]:
+    """A fresh folder beside ``folder``, and the lock that keeps others from taking it for a leftover."""
+    while True:
+        scratch = _beside(folder, "new", secrets.token_hex(4))
+        scratch.mkdir()
+        # Another process may take it for a leftover before the lock is there.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(scratch, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if scratch.exists():
+                return scratch, lock
+            os.close(lock)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes left beside ``folder``; an old one that nothing followed is put back."""
+    name = glob.escape(folder.name)
+    for leftover in sorted(folder.parent.glob(f".{name}-old-{_MARK}")):
+        if not folder.exists():
+            os.rename(leftover, folder)
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.parent.glob(f".{name}-new-{_MARK}"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            lock = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _swap(scratch: Path, folder: Path, retired: Path) -> None:
+    """Give ``scratch`` the name ``folder``; what was there is at ``scratch`` or ``retired`` afterwards."""
+    if not folder.exists():
+        os.rename(scratch, folder)
+    elif not _exchange(scratch, folder):
+        os.rename(folder, retired)
+        try:
+            os.rename(scratch, folder)
+        except BaseException:
+            os.rename(retired, folder)
+            raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two names change places in one step; False where the system or the file system has no such step."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    paths = os.fsencode(first), os.fsencode(second)
+    return libc.renameat2(current_folder, paths[0], current_folder, paths[1], exchange) == 0
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,13 +2,16 @@
 
 import contextlib
 import functools
+import os
 import weakref
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
@@ -23,7 +26,9 @@ from transformers.models.bloom.modeling_bloom import (
 )
 from transformers.utils.deprecation import deprecate_kwarg
 
+from bloomft.adapters import adapted_layers, holds_adapters, save_peft_adapter
 from bloomft.data import IGNORE_INDEX
+from bloomft.files import make_folder
 from bloomft.runtime import release_freed_memory
 from lorakernels import (
     AttentionMask,
@@ -221,10 +226,14 @@ class FusedBloomModel(BloomModel):
 
 
 class FusedBloomForCausalLM(BloomForCausalLM):
-    """BLOOM with the vocabulary loss computed from the hidden states.
+    """BLOOM with the vocabulary loss computed from the hidden states, where that is the loss asked for.
 
-    In training mode with labels the logits are None and never exist; ``skip_logits=False`` asks for them,
-    ``skip_logits=True`` leaves them out in eval mode too.
+    That is transformers' own causal loss, with ``shift_labels``, an integer ``ignore_index`` and
+    ``num_items_in_batch``. Any other keyword, a ``loss_function`` or ``config.loss_type`` of the user's and
+    an ``lm_head`` that is no plain projection take transformers' path: logits, then ``self.loss_function``.
+
+    In training mode with labels the logits of the fused loss are None and never exist; ``skip_logits=False``
+    asks for them, ``skip_logits=True`` leaves them out in eval mode too.
     """
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -246,7 +255,8 @@ class FusedBloomForCausalLM(BloomForCausalLM):
     ):
         """As `BloomForCausalLM.forward`, and ``document_ids`` [B, T]: packed documents.
 
-        Documents do not attend to each other and a document's first label is ignored.
+        Documents do not attend to each other and a document's first label is ignored; ``shift_labels`` are
+        the caller's own and taken as they are.
         """
         outputs = self.transformer(
             input_ids,
@@ -259,19 +269,19 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             return_dict=True,
             document_ids=document_ids,
         )
-        hidden = outputs.last_hidden_state
+        hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         skip_logits = self.training if skip_logits is None else skip_logits
-        logits = None
-        if labels is None or not skip_logits:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        loss = None
+        loss = logits = None
+        if labels is None or not (skip_logits and self._fuses_loss(kwargs)):
+            logits = self.lm_head(hidden)
         if labels is not None:
-            targets = shift_labels(labels.to(hidden.device), document_ids)
+            if document_ids is not None:
+                kept = slice_logits_to_keep(document_ids[..., None], logits_to_keep)[..., 0]
+                labels = ignore_first_labels(labels, kept, kwargs.get("ignore_index", IGNORE_INDEX))
             if logits is None:
-                loss = self._loss_from_hidden(hidden, targets, **kwargs)
+                loss = self._loss_from_hidden(hidden, labels, **kwargs)
             else:
-                kwargs = {"vocab_size": self.config.vocab_size, **kwargs}
-                loss = self.loss_function(logits, labels, shift_labels=targets, **kwargs)
+                loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
 
         result = CausalLMOutputWithCrossAttentions(
             loss=loss,
@@ -284,17 +294,80 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
         )
 
-    def _loss_from_hidden(self, hidden: Tensor, targets: Tensor, num_items_in_batch=None, **_) -> Tensor:
-        loss = functools.partial(
-            linear_cross_entropy,
-            hidden.flatten(0, 1),
-            self.lm_head.weight,
-            targets.flatten(),
-            ignore_index=IGNORE_INDEX,
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **options,
+    ) -> None:
+        """Write the adapters of a patched model in PEFT's format; without adapters, what transformers writes.
+
+        ``PeftModel.from_pretrained(base, save_directory)`` loads them, and with peft installed
+        ``from_pretrained(save_directory)`` too, on the base that the model was loaded from. Raises ValueError
+        for options of `PreTrainedModel.save_pretrained` that an adapter cannot follow, `UserError` where
+        ``save_directory`` cannot be written.
+        """
+        if not adapted_layers(self):
+            super().save_pretrained(
+                save_directory,
+                is_main_process=is_main_process,
+                state_dict=state_dict,
+                push_to_hub=push_to_hub,
+                **options,
+            )
+            return
+        if state_dict is not None and holds_adapters(self, state_dict):
+            state_dict = None  # Trainer hands over the state of the model that it has compiled
+        asked = {"state_dict": state_dict, "push_to_hub": push_to_hub, **options}
+        about_shards = {"max_shard_size", "save_peft_format", "save_original_format", "token"}
+        if refused := [name for name in asked.keys() - about_shards if asked[name]]:
+            raise ValueError(
+                f"{min(refused)}: the adapters of a patched model are saved without it; push them with "
+                "model.push_to_hub(...), or save a whole model after unpatch_bloom(model, merge=True)"
+            )
+        if is_main_process:
+            make_folder(Path(save_directory))
+            save_peft_adapter(self, Path(save_directory), self.name_or_path)
+
+    def _fuses_loss(self, options: dict) -> bool:
+        """Whether `_loss_from_hidden` is the loss that transformers would compute with ``options``."""
+        head = self.lm_head
+        return (
+            self.loss_function is ForCausalLMLoss
+            and options.keys() <= {"num_items_in_batch", "ignore_index", "shift_labels"}
+            and isinstance(options.get("ignore_index", IGNORE_INDEX), int)
+            and type(head) is FusedLinear
+            and head.bias is None
+            and not (head._forward_hooks or head._forward_pre_hooks)
         )
-        if num_items_in_batch is None:
-            return loss(reduction="mean")
-        return loss(reduction="sum") / num_items_in_batch
+
+    def _loss_from_hidden(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.lm_head.weight,
+            shift_labels.flatten().to(hidden.device),
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+# transformers finds what it knows of a class, and names it in what it saves, by this name.
+FusedBloomForCausalLM.__name__ = BloomForCausalLM.__name__
 
 
 def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str) -> None:
@@ -326,13 +399,11 @@ def compile_blocks(model: BloomForCausalLM, **options) -> None:
         block.compile(**options)
 
 
-def shift_labels(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """Targets [B, T] of labels [B, T]: each position's is the next label of the same document, else -100."""
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    if document_ids is not None:
-        crosses = document_ids[:, 1:] != document_ids[:, :-1]
-        targets = targets.masked_fill(nn.functional.pad(crosses, (0, 1), value=True), IGNORE_INDEX)
-    return targets
+def ignore_first_labels(labels: Tensor, document_ids: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """labels [B, T] with ``ignore_index`` where a document of document_ids [B, T] begins behind another."""
+    begins = document_ids[..., 1:] != document_ids[..., :-1]
+    begins = nn.functional.pad(begins, (1, 0), value=False).to(labels.device)
+    return labels.masked_fill(begins, ignore_index)
 
 
 FUSED_CLASSES = {

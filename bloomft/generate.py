@@ -4,6 +4,7 @@ Without CHECKPOINT it shows what the base writes, for comparison. The same seed 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,11 +80,12 @@ def load_for_generation(
     ``source`` is a configuration or a folder with a merged model. ``checkpoint`` is None (the base alone), a
     checkpoint, or an exported folder: an adapter's is put on the base, a merged one stands for itself.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # unlike Path.is_dir no error for a name that is too long
         if checkpoint is not None or overrides:
             raise UserError(f"{source}: a folder stands for itself; no checkpoint and no key=value beside it")
         return _load_folder(source, "auto")
     config = load_config(source, overrides)
+    pick_device(config.train.device)  # it is there, before a base is loaded
     if checkpoint is None:
         return _fused(load_base(config.model.transformer), config.train.device)
     path = find_checkpoint(checkpoint, Path(config.train.output_dir))

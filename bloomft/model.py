@@ -1,6 +1,5 @@
 """Load a BLOOM base model and its tokenizer, and tell one base from another."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,18 @@ import huggingface_hub
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BloomForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file
 
-from bloomft.config import ModelConfig, TransformerConfig
+from bloomft.base_files import INDEX, check_tensors, damaged_file, remembered_fingerprint, weight_files
+from bloomft.config import ModelConfig, TransformerConfig, default_cache_dir
 from bloomft.errors import UserError
 from bloomft.patch import patch_bloom
 
@@ -42,39 +50,89 @@ class Base:
 def load_base(config: TransformerConfig) -> Base:
     """Load model and tokenizer from the hub, a folder, or the embedded ``builtin:tiny`` (made on first use).
 
-    The weights keep the dtype they are stored in, on the CPU. Raises `UserError` when they are not to be had,
-    are not BLOOM, or do not belong together.
+    The weights keep the dtype they are stored in, on the CPU; only safetensors files are read. Raises
+    `UserError`, with the file where there is one, when model or tokenizer cannot be loaded, are not BLOOM's,
+    are not exactly the tensors that config.json describes, or do not belong together.
     """
+    name = config.pretrained_model_name_or_path
+    location, options = _location(config)
+    folder, reading = None, "config.json"
+    try:
+        with Console(stderr=True).status(f"loading {name}"):
+            folder = Path(cached_file(location, "config.json", **options)).parent
+            settings = AutoConfig.from_pretrained(location, **options)
+            _check_settings(name, settings, folder)
+            reading = "tokenizer.json"
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            _check_tokenizer(name, tokenizer, settings.vocab_size)
+            reading = INDEX
+            files = weight_files(location, options)
+            check_tensors(files, settings)
+            model, found = BloomForCausalLM.from_pretrained(
+                location, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+            )
+        for verb, keys in (("lacks", found["missing_keys"]), ("has a foreign", found["unexpected_keys"])):
+            if keys:
+                where = files[0] if len(files) == 1 else folder / INDEX
+                raise UserError(f"{where}: {verb} {min(keys)} ({len(keys)} such tensors)")
+        identity = remembered_fingerprint(model, files, default_cache_dir())
+    except UserError:
+        raise
+    except Exception as error:  # whatever the parsers of transformers and tokenizers raise on a damaged file
+        raise UserError(_not_loaded(name, folder, reading, error)) from error
+    return Base(model, tokenizer, name, location, model.dtype, identity)
+
+
+def _location(config: TransformerConfig) -> tuple[str, dict]:
+    """What ``from_pretrained`` is given: a folder or a name on the hub, and the options beside it."""
     name = config.pretrained_model_name_or_path
     if name == TINY_BASE:
         from bloomft.tiny_base import tiny_base_folder
 
-        location, options = str(tiny_base_folder()), {}
-    else:
-        location = os.path.expanduser(name)
-        keys = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
-        options = {key: value for key in keys if (value := getattr(config, key)) is not None}
-        # A path that is not there must not be taken for a hub name.
-        if not Path(location).is_dir() and (location.startswith((".", "/")) or location.count("/") > 1):
-            key = "model.transformer.pretrained_model_name_or_path"
-            raise UserError(f"{location}: no such folder; {key} names a hub model or a local folder")
-    try:
-        with Console(stderr=True).status(f"loading {name}"):
-            kind = AutoConfig.from_pretrained(location, **options).model_type
-            if kind != "bloom":
-                raise UserError(f"{name}: a {kind} model; this program fine-tunes BLOOM models only")
-            tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            model = BloomForCausalLM.from_pretrained(location, dtype="auto", **options)
-    except (OSError, ValueError) as error:
-        raise UserError(_not_loaded(name, error)) from error
+        return str(tiny_base_folder()), {}
+    location = os.path.expanduser(name)
+    keys = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
+    options = {key: value for key in keys if (value := getattr(config, key)) is not None}
+    # A path that is not there must not be taken for a hub name.
+    if not os.path.isdir(location) and (location.startswith((".", "/")) or location.count("/") > 1):
+        key = "model.transformer.pretrained_model_name_or_path"
+        raise UserError(f"{location}: no such folder; {key} names a hub model or a local folder")
+    return location, options
+
+
+def _check_settings(name: str, settings: PreTrainedConfig, folder: Path) -> None:
+    if settings.model_type != "bloom":
+        raise UserError(f"{name}: a {settings.model_type} model; this program fine-tunes BLOOM models only")
+    path = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder}: has an adapter beside the base; merge it or move adapter_config.json away"
+        )
+    if getattr(settings, "quantization_config", None) is not None:
+        raise UserError(f"{path}: quantization_config: a quantised base cannot be fine-tuned here")
+    sizes = {key: getattr(settings, key) for key in ("vocab_size", "hidden_size", "n_layer", "n_head")}
+    for key, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{path}: {key} is {value!r}; expected an integer ≥ 1")
+    if settings.hidden_size % settings.n_head:
+        raise UserError(
+            f"{path}: hidden_size {settings.hidden_size} is no multiple of n_head {settings.n_head}"
+        )
+    if settings.dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise UserError(f"{path}: dtype is {settings.dtype}; expected float16, bfloat16, float32 or float64")
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     if not tokenizer.is_fast:
         raise UserError(f"{name}: no fast tokenizer (tokenizer.json) among its files")
-    if len(tokenizer) > model.config.vocab_size:
+    highest = max([*tokenizer.get_vocab().values(), *tokenizer.all_special_ids], default=-1)
+    if highest < 0:
+        raise UserError(f"{name}: its tokenizer (tokenizer.json) has no tokens")
+    if highest >= vocab_size:
         raise UserError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
+            f"{name}: the tokenizer has token {highest}, the model tokens below {vocab_size}: "
             "they do not belong together"
         )
-    return Base(model, tokenizer, name, location, model.dtype, fingerprint(model))
 
 
 def patch_base(base: Base, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> BloomForCausalLM:
@@ -94,23 +152,6 @@ def patch_base(base: Base, config: ModelConfig, device: torch.device, dtype: tor
         raise UserError(f"model.lora: {error}") from error
 
 
-def fingerprint(model: BloomForCausalLM, samples: int = 1024) -> str:
-    """Hash of the architecture and of ``samples`` evenly spaced elements of each stored parameter.
-
-    Cheap on the largest model; two bases that differ anywhere to speak of differ here. Take it in the stored
-    dtype, before any cast.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in sorted(model.state_dict().items()):
-        flat = parameter.detach().reshape(-1)
-        picked = flat[
-            torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
-        ]
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(picked.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def quiet_transformers() -> None:
     """Keep transformers' progress bars and advice out of a command's own output."""
     transformers.logging.set_verbosity_error()
@@ -118,11 +159,14 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _not_loaded(name: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(name).is_dir():
-        return f"{name}: not a loadable BLOOM folder (config.json, tokenizer.json, *.safetensors): {first}"
+def _not_loaded(name: str, folder: Path | None, reading: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if folder is not None:
+        return damaged_file(folder) or f"{folder / reading}: cannot be loaded: {reason}"
+    if os.path.isdir(name):
+        return f"{name}: not a loadable BLOOM folder (config.json, tokenizer.json, *.safetensors): {reason}"
     return (
-        f"{name}: cannot be had from the model hub ({type(error).__name__}) and is no local folder; "
-        f"download it elsewhere and pass model.transformer.pretrained_model_name_or_path=/path/to/the/folder"
+        f"{name}: not a local folder, and it could not be downloaded from the model hub "
+        f"({type(error).__name__}); download it elsewhere and pass "
+        "model.transformer.pretrained_model_name_or_path=/path/to/the/folder"
     )

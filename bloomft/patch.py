@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BloomForCausalLM
 
+from bloomft.adapters import adapted_layers
 from bloomft.fused_model import FUSED_CLASSES
 from lorakernels import LoRALinear, RowParts
 
@@ -35,7 +36,8 @@ def patch_bloom(
 
     Raises:
         TypeError: not a BloomForCausalLM.
-        ValueError: already patched, no linear layer is called ``target``, or ``parts`` do not fit it.
+        ValueError: already patched, no linear layer of the blocks is called ``target``, ``parts`` do not fit
+            it, or ``scale`` is 0.
     """
     if not isinstance(model, BloomForCausalLM):
         raise TypeError(f"model: expected a BloomForCausalLM, got {type(model).__name__}")
@@ -43,13 +45,17 @@ def patch_bloom(
         raise ValueError("the model is patched already; call unpatch_bloom(model) first")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = [name for name in linears if name.rsplit(".", 1)[-1] == target]
+    if target == "lm_head":
+        raise ValueError("'lm_head' cannot have an adapter: its weight is that of the embedding")
     if not chosen:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        known = sorted({name.rsplit(".", 1)[-1] for name in linears} - {"lm_head"})
         raise ValueError(f"no linear layer is called '{target}'; there are: {', '.join(known)}")
     if model.config.slow_but_exact and model.config.pretraining_tp > 1 and target.startswith("dense"):
         # transformers slices these weights by hand there and never calls the layer.
         raise ValueError(f"'{target}' cannot have an adapter while the model's config says slow_but_exact")
 
+    if scale == 0:
+        raise ValueError("scale: expected a number other than 0, with which the adapters would do nothing")
     rows = _row_parts(model, target, parts)
     adapted = {
         name: LoRALinear.from_linear(linears[name], r, scale, dropout_p=dropout_p, parts=rows)
@@ -106,15 +112,12 @@ def unfuse_bloom(model: BloomForCausalLM) -> BloomForCausalLM:
     return model
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Name to layer of every `LoRALinear`, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
 def adapter_state(model: BloomForCausalLM) -> dict[str, Tensor]:
     """Name to tensor of every ``lora_a`` and ``lora_b`` of a patched model, in layer order, not copied."""
     return {
-        name: value for name, value in model.state_dict().items() if name.endswith((".lora_a", ".lora_b"))
+        f"{name}.{part}": getattr(layer, part).detach()
+        for name, layer in adapted_layers(model).items()
+        for part in ("lora_a", "lora_b")
     }
 
 

@@ -6,6 +6,8 @@ import sys
 
 import torch
 
+from bloomft.errors import UserError
+
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
@@ -36,9 +38,11 @@ def release_freed_memory() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of ``train.device``: "auto", "cpu" or "cuda"."""
+    """The device of ``train.device``: "auto", "cpu" or "cuda". `UserError` for "cuda" where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device: cuda, but torch finds no CUDA device here; choose auto or cpu")
     return torch.device(name)
 
 

@@ -129,7 +129,8 @@ def build_token_cache(
                 return cache
             partial = _new_folder(folder)
             try:
-                _write_cache(partial, files, tokenizer_json, eos, progress)
+                total = sum(sum(map(len, s)) if isinstance(s, list) else s[1] for s in before)
+                _write_cache(partial, files, total, tokenizer_json, eos, progress)
                 if _file_states(files) != before:
                     raise UserError("a file of data.filenames changed while it was read; start again")
                 return _publish(partial, folder)
@@ -281,18 +282,16 @@ class _CacheWriter:
         self._stack.close()
 
 
-def _write_cache(folder: Path, files: Sequence[Path], tokenizer_json: str, eos: int, progress: bool) -> None:
-    """Tokenize ``files`` into ``folder``, its description last."""
+def _write_cache(
+    folder: Path, files: Sequence[Path], total: int, tokenizer_json: str, eos: int, progress: bool
+) -> None:
+    """Tokenize ``files``, ``total`` bytes, into ``folder``, its description last."""
     # A copy of our own: the caller's tokenizer may pad or truncate, and goes on doing so.
     backend = Tokenizer.from_str(tokenizer_json)
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
     dtype = np.dtype(np.uint16 if max(highest, eos) <= np.iinfo(np.uint16).max else np.uint32)
     report = ReadReport()
     started = time.perf_counter()
-    total = sum(
-        sum(map(len, installed_readmes())) if str(file) == INSTALLED_READMES else _status(file).st_size
-        for file in files
-    )
     with (
         _progress_bar(total, len(files), progress) as advance,
         contextlib.closing(_CacheWriter(folder, dtype)) as out,

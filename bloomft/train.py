@@ -29,6 +29,7 @@ from bloomft.arguments import parse_command
 from bloomft.checkpoint import LAST, save_checkpoint
 from bloomft.config import METRIC_SCHEDULES, Config, filename_patterns
 from bloomft.data import PackedDataset, split_documents
+from bloomft.early_checks import check_early, check_memory
 from bloomft.errors import UserError, run_command
 from bloomft.fused_model import checkpoint_blocks, compile_blocks
 from bloomft.model import Base, load_base, patch_base, quiet_transformers
@@ -70,6 +71,7 @@ def train(config: Config) -> TrainResult:
         raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training runs in one process; start it without torchrun"
         )
+    check_early(config)
     device = pick_device(config.train.device)
     dtype = pick_dtype(config.train.precision, device)
     run_dir = Path(config.train.output_dir)
@@ -78,6 +80,7 @@ def train(config: Config) -> TrainResult:
         with stop.at_once(f"stopped before training began; {_kept(last)}; the same command starts again"):
             resumption = find_resumption(config)
             base = load_base(config.model.transformer)
+            check_memory(config, base.model)
             data, heldout, data_identity = load_data(config, base)
             torch.manual_seed(config.data.random_state)
             model = patch_base(base, config.model, device, dtype)

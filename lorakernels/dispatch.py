@@ -167,10 +167,9 @@ def use_choices(recorded: dict[str, dict]) -> None:
         ValueError: recorded is not of that form.
     """
     try:
-        parsed = {problem: Choice(**choice) for problem, choice in recorded.items()}
+        _choices.update(_parse(recorded))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"recorded: expected what dispatch.choices() returns ({error})") from error
-    _choices.update(parsed)
 
 
 def forget() -> None:
@@ -428,17 +427,30 @@ def _versions() -> str:
     return f"torch {torch.__version__}, {runtime}, triton {triton_version}, sources {digest.hexdigest()[:16]}"
 
 
+def _parse(recorded: dict[str, dict]) -> dict[str, Choice]:
+    """What choices() returned, as it was; AttributeError or TypeError for anything else."""
+    parsed = {problem: Choice(**choice) for problem, choice in recorded.items()}
+    for problem, choice in parsed.items():
+        texts = [choice.winner, *choice.milliseconds, *choice.rejected, *choice.rejected.values()]
+        times = choice.milliseconds.values()
+        if not all(isinstance(text, str) for text in texts) or not all(
+            type(t) in (int, float) for t in times
+        ):
+            raise TypeError(f"{problem}: {choice}")
+    return parsed
+
+
 def _read_file() -> dict[str, dict[str, dict]]:
     try:
         content = json.loads(_disk_path().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _read_disk() -> dict[str, Choice]:
     try:
-        return {problem: Choice(**choice) for problem, choice in _read_file().get(_versions(), {}).items()}
+        return _parse(_read_file().get(_versions(), {}))
     except (AttributeError, TypeError):
         return {}
 

@@ -1,10 +1,13 @@
 """Every mistake in a configuration is one line with path, place, what is allowed and a suggestion."""
 
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from bloomft import config as config_module
 from bloomft.config import config_to_yaml, filename_patterns, load_config, reference_table
 from bloomft.errors import UserError
 
@@ -83,6 +86,40 @@ def test_overrides_win_and_the_resolved_file_loads_again(write, tmp_path):
     assert load_config(tmp_path / "again.yaml") == config
 
 
+def test_a_wrong_value_in_the_file_is_not_blamed_on_an_override_of_its_neighbour(write):
+    path = write(SEED.replace("batch_size: 4", "batch_size: x"))
+    with pytest.raises(UserError, match=r"seed.yaml:26: train.batch_size: x"):
+        load_config(path, ["train={precision: fp32}"])
+
+
+@pytest.mark.parametrize("size", [config_module.LARGEST_FILE, 10**7])
+def test_a_huge_file_is_refused_in_no_time(write, size):
+    text = SEED + "".join(f"  k{i}: {i}\n" for i in range(size // 8))
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="no configuration is larger than 262144 bytes"):
+        load_config(write(text))
+    assert time.perf_counter() - start < 2
+
+
+def test_the_access_token_is_not_left_where_loggers_look(write, monkeypatch):
+    words = [
+        "train",
+        "run.yaml",
+        "model.transformer.token=hf_secret",
+        "model={transformer: {token: hf_secret}}",
+    ]
+    monkeypatch.setattr(sys, "argv", list(words))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", *words])
+    assert load_config(write(SEED), words[2:]).model.transformer.token == "hf_secret"
+    assert "hf_secret" not in " ".join(sys.argv + sys.orig_argv)
+    assert sys.argv[:3] == ["train", "run.yaml", "model.transformer.token=hidden"]
+
+
+def test_folders_of_the_home_directory(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(write(SEED), ["train.output_dir=~/run"]).train.output_dir == str(tmp_path / "run")
+
+
 def test_the_access_token_is_not_written(write):
     config = load_config(write(SEED), ["model.transformer.token=secret"])
     assert config.model.transformer.token == "secret"
@@ -114,6 +151,27 @@ def test_the_access_token_is_not_written(write):
         ("filenames: examples/*.txt", "filenames: []", r"data.filenames: \[\] is not allowed"),
         ("  lora:\n", "  lora: 3\n  lara:\n", r"model.lora: expected the keys lora_dim"),
         ("lora_scale: 4", "lora_scale: 4\n    parts: [q, w]", r"lora.parts: \[q, w\] is not .* q, k, v"),
+        ("lora_scale: 4", "lora_scale: 0", r"yaml:11: model.lora.lora_scale: 0.0 .* number ≠ 0"),
+        ("lora_scale: 4", "lora_scale: 4\n    parts: [q, q]", r"lora.parts: \[q, q\] is not allowed"),
+        ("lora_dim: 8", "lora_dim: 1000000000000", r"lora_dim: 1000000000000 .* integer ≥ 1 and ≤ 65536"),
+        ("_name: query_key_value", "_name: lm_head", r"seed.yaml:12: .*lm_head is not .* dense_4h_to_h$"),
+        ("_name: query_key_value", "_name: dense\n    parts: [q]", r"yaml:13: .*parts: \[q\] are rows"),
+        ("[0.9, 0.999]", "{0: 0.9, 1: 0.9}", r"seed.yaml:17: optim.optimizer.betas: \{0: .* 2 numbers"),
+        ("[0.9, 0.999]", "[[0.9], 0.9]", r"seed.yaml:17: optim.optimizer.betas: .* allowed: 2 numbers"),
+        ("checkpointing: true", "checkpointing: [selective]", r"yaml:29: .*\[selective\] is not allowed"),
+        ("checkpointing: true", "checkpointing: 1", r"yaml:29: .*checkpointing: 1 is not allowed"),
+        ("checkpointing: true", "checkpointing: {a: selective}", r"yaml:29: .* is not allowed"),
+        ("checkpointing: true", "checkpointing: true\n  output_dir: ''", r"output_dir: '' is not allowed"),
+        ("checkpointing: true", "checkpointing: true\n  output_dir: /", r"yaml:30: .*: / is no folder for"),
+        ("checkpointing: true", "checkpointing: true\n  output_dir: //../.", r"is no folder for a run"),
+        ("batch_size: 4", "batch_size: 9223372036854775808", r"batch_size: a number of more than 64 bits"),
+        ("batch_size: 4", f"batch_size: 1{'0' * 5000}", r"seed.yaml:? .*digits"),
+        ("examples/*.txt", '"a\\0b"', r"seed.yaml:2: data.filenames: .* is not allowed"),
+        ("examples/*.txt", "{a: b}", r"seed.yaml:2: data.filenames: \{a: b\} is not allowed"),
+        ("name: linear", "name: linear\n    scheduler_specific_kwargs: [1]", r"_kwargs: \[1\] is not"),
+        ("name: linear", "name: linear\n    scheduler_specific_kwargs: {a: [1]}", r"a mapping of names to"),
+        ("lr: 1e-4", f"lr: {'[' * 5000}{']' * 5000}", r"seed.yaml .*: nested too deeply"),
+        ("lr: 1e-4", f"lr: {'{a: ' * 300}1{'}' * 300}", r"seed.yaml .*: nested too deeply"),
         ("data:\n", "data: [\n", r"seed.yaml:\d+: not valid YAML"),
         ("model:\n", "data: {}\nmodel:\n", r"not valid YAML: found duplicate key data"),
     ],
@@ -141,6 +199,17 @@ def test_a_file_that_is_no_mapping(write, text):
         ("nonsense", r"'nonsense' is not of the form key=value"),
         ("train.logger={a", r"cannot be read"),
         ("train.batch_size=-2", r"command line: train.batch_size: -2 is not allowed"),
+        ("train.batch_size.x=4", r"command line: train.batch_size: \{x: 4\} is not allowed"),
+        ("data.filenames[0]=x", r"command line: data.filenames: .* is not allowed"),
+        ("train={batch_size: x}", r"command line: train.batch_size: x is not allowed"),
+        ("train.output_dir=", r"'train.output_dir=' is not of the form key=value"),
+        ("data.filenames=\udcff", r"command line: .* cannot be read"),
+        ("optim.optimizer.betas={a: 1}", r"command line: optim.optimizer.betas: \{a: 1\} is not allowed"),
+        ("optim.optimizer.betas.0=1", r"command line: optim.optimizer.betas: .* is not allowed"),
+        (f"train.batch_size=1{'0' * 5000}", r"command line: .*digits"),
+        (f"train.x={'[' * 5000}", r"nested too deeply|cannot be read"),
+        (f"{'a.' * 3000}a=1", r"nested too deeply"),
+        (f"optim.scheduler.scheduler_specific_kwargs.{'a.' * 200}a=1", r"nested too deeply|is not allowed"),
     ],
 )
 def test_mistakes_on_the_command_line(write, override, expected):

@@ -111,6 +111,37 @@ def test_a_wrong_row_is_one_line_with_file_and_line(row, problem):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("suffix", ["csv", "json", "ndjson", "parquet", "gz", "jsonl.gz", "JSON"])
+def test_tables_and_archives_are_refused_by_name(suffix):
+    Path("a.txt").write_text("text")
+    Path(f"rows.{suffix}").write_text("a,b")
+    for pattern in (f"rows.{suffix}", "*"):
+        with pytest.raises(UserError, match=rf"rows.{suffix}: .* files are not read; convert it to \*.jsonl"):
+            list_files([pattern])
+    assert list_files(["*.txt"]) == [Path("a.txt")]
+
+
+def test_a_pipe_is_named():
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    for pattern in ("pipe", "[fp]*"):
+        with pytest.raises(UserError, match=r"matches no regular file \(\w+ is none\)"):
+            list_files([pattern])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused(name, encoding):
+    Path(name).write_bytes('{"text": "Wörter und words"}\n'.encode(encoding) * 500)
+    with pytest.raises(UserError, match=f"^{name}: looks like UTF-16; convert it: iconv"):
+        read(name)
+
+
+def test_a_few_nul_bytes_are_text():
+    Path("a.txt").write_text("some\0words\0")
+    assert read("a.txt")[0] == [Document("some\0words\0")]
+
+
 @pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl", "folder"])
 def test_an_unreadable_file_is_a_user_error(name):
     Path("folder").mkdir()

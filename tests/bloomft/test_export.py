@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM
 
+from bloomft import export as export_module
 from bloomft.adapters import load_peft_adapter, load_peft_config
 from bloomft.checkpoint import load_checkpoint
 from bloomft.config import LoraConfig, load_config
@@ -166,6 +168,85 @@ def test_an_export_replaces_an_export_and_nothing_else(trained, tmp_path):
         main([str(path), "last.ckpt", "--output", str(foreign)])
     assert (foreign / "thesis.tex").read_text() == "irreplaceable"
     assert not [p for p in run_dir.iterdir() if p.name.startswith(".")]
+
+
+def test_a_file_of_the_user_s_in_an_earlier_export_is_kept(trained, tmp_path):
+    path, _ = trained
+    output = tmp_path / "out"
+    main([str(path), "last.ckpt", "--output", str(output)])
+    (output / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match=r"out: notes.md: not written by the earlier export"):
+        main([str(path), "last.ckpt", "--output", str(output)])
+    assert (output / "notes.md").read_text() == "mine"
+    (output / "notes.md").unlink()
+    main([str(path), "last.ckpt", "--output", str(output), "--format", "adapter"])
+    assert not (output / "model.safetensors").exists()
+    (output / "bloomft_export.json").write_text("[" * 10**5)
+    with pytest.raises(UserError, match="exists and is no earlier export"):
+        main([str(path), "last.ckpt", "--output", str(output)])
+
+
+def test_an_export_through_a_symbolic_link(trained, tmp_path):
+    path, _ = trained
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    for _ in range(2):
+        main([str(path), "last.ckpt", "--output", str(tmp_path / "link"), "--format", "adapter"])
+    assert (tmp_path / "link").is_symlink()
+    assert [found.name for found in (tmp_path / "disk").iterdir()] == ["real"]
+
+
+def test_folders_that_hold_something_else_are_no_output(trained, tmp_path, base_folder, monkeypatch):
+    path, run_dir = trained
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    for output in (".", "/", str(tmp_path), str(run_dir), str(base_folder)):
+        with pytest.raises(UserError, match=f"--output {output}: the export would replace"):
+            main([str(path), "last.ckpt", "--output", output])
+    assert (run_dir / "last.ckpt").exists()
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_base_is_loaded(trained, tmp_path, monkeypatch):
+    path, _ = trained
+    monkeypatch.setattr(export_module, "load_base", lambda _: pytest.fail("a base was loaded"))
+    for output, reason in ((path / "x", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(UserError, match=reason):
+            main([str(path), "last.ckpt", "--output", str(output)])
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_what_is_not_finite_is_not_exported(trained, tmp_path, kind, monkeypatch):
+    path, run_dir = trained
+    state = load_checkpoint(run_dir / "last.ckpt")
+    next(iter(state.adapters.values()))[0, 0] = torch.nan
+    monkeypatch.setattr(export_module, "load_checkpoint", lambda _: state)
+    with pytest.raises(UserError, match=r"lora_a is not finite"):
+        main([str(path), "last.ckpt", "--format", kind])
+    assert not (run_dir / kind).exists()
+
+
+def test_a_merge_that_overflows_is_not_exported(trained, monkeypatch):
+    path, run_dir = trained
+    state = load_checkpoint(run_dir / "last.ckpt")
+    for value in state.adapters.values():
+        value.fill_(1e25)
+    monkeypatch.setattr(export_module, "load_checkpoint", lambda _: state)
+    with pytest.raises(UserError, match=r"last.ckpt: \w+ is (nan|inf) after merging; nothing"):
+        main([str(path), "last.ckpt"])
+    assert not (run_dir / "merged").exists()
+
+
+def test_a_full_disk_is_one_line(trained, monkeypatch):
+    path, run_dir = trained
+    main([str(path), "step-6.ckpt"])
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(UserError, match=r"merged: cannot be written: .*No space left"):
+        main([str(path), "last.ckpt"])
+    assert json.loads((run_dir / "merged" / "bloomft_export.json").read_text())["step"] == 6
 
 
 def test_export_without_the_training_text(trained, corpus, tmp_path, capsys):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 
 from bloomft import fused_model
-from bloomft.fused_model import checkpoint_blocks, compile_blocks, shift_labels
+from bloomft.fused_model import checkpoint_blocks, compile_blocks
 from bloomft.patch import (
     adapted_layers,
     adapter_state,
@@ -282,13 +282,6 @@ def test_documents_and_a_cache_are_refused(model):
         model(ids, document_ids=torch.zeros_like(ids), use_cache=True)
 
 
-def test_a_document_s_first_label_is_ignored():
-    labels = torch.tensor([[7, 8, -100, 9, 5]])
-    assert shift_labels(labels).tolist() == [[8, -100, 9, 5, -100]]
-    documents = torch.tensor([[0, 0, 0, 1, 1]])
-    assert shift_labels(labels, documents).tolist() == [[8, -100, -100, 5, -100]]
-
-
 def test_attention_dropout_takes_transformers_path_and_follows_the_seed():
     model = patch_bloom(tiny_model(attention_dropout=0.3)).train()
     ids = tokens(1, 16)
@@ -402,6 +395,10 @@ def test_misuse_is_named(model):
     assert not is_patched(model)
     with pytest.raises(ValueError, match="r: expected"):
         patch_bloom(model, r=0)
+    with pytest.raises(ValueError, match="'lm_head' cannot have an adapter"):
+        patch_bloom(model, target="lm_head")
+    with pytest.raises(ValueError, match="scale: expected a number other than 0"):
+        patch_bloom(model, scale=0.0)
     with pytest.raises(ValueError, match="rows of query_key_value"):
         patch_bloom(model, target="dense", parts=["q"])
     assert not is_patched(model)

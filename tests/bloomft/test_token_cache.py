@@ -328,6 +328,19 @@ def test_without_locks_a_cache_published_meanwhile_is_taken_or_replaced(
     assert build(tokenizer).tokens.tolist() == cache.tokens.tolist()
 
 
+def test_a_file_that_is_deleted_while_it_is_read_is_named(texts, tokenizer, monkeypatch):
+    real = token_cache._content_key
+
+    def delete_after(*arguments):
+        key = real(*arguments)
+        Path("b.txt").unlink()
+        return key
+
+    monkeypatch.setattr(token_cache, "_content_key", delete_after)
+    with pytest.raises(UserError, match=r"cannot read b\.txt: No such file"):
+        build(tokenizer)
+
+
 def test_a_file_that_changes_while_it_is_read_leaves_no_cache(texts, tokenizer, monkeypatch):
     tokenize = token_cache._tokenize
 

@@ -250,11 +250,29 @@ def test_a_recorded_choice_is_repeated_without_measuring():
     assert dispatch.choose("p", (slow, fast), FakeTrial) is slow
     assert FakeTrial.made == 0
     assert dispatch.choices() == recorded
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        {"p": 3},
+        {"p": {"winer": "slow"}},
+        {"p": {"winner": 3}},
+        {"p": {"winner": "slow", "milliseconds": {"slow": "fast"}}},
+        {"p": {"winner": "slow", "milliseconds": [1]}},
+        {"p": {"winner": "slow", "rejected": {"fast": ["a"]}}},
+        {"p": {"winner": "slow", "rejected": 3}},
+    ],
+)
+def test_what_was_never_recorded_is_a_value_error(wrong):
     with pytest.raises(ValueError, match="recorded: expected"):
-        dispatch.use_choices({"p": {"winer": "slow"}})
+        dispatch.use_choices(wrong)
+    assert dispatch.choices() == {}
+    assert dispatch.report().endswith("was needed")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 3}', "[" * 100_000])
 def test_a_damaged_file_costs_a_measurement_only(tmp_path, content):
     (tmp_path / "choices.json").write_text(content)
     pair = (candidate("slow", 0.02), candidate("fast", 0.0))

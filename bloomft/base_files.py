@@ -1,0 +1,129 @@
+"""The files of a base model: where they are, whether they are whole, and one hash of everything in them."""
+
+import contextlib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM
+from transformers.utils import cached_file
+
+from bloomft.errors import UserError
+from bloomft.files import make_folder, write_atomically
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Hashing less than this (bytes) takes no longer than looking the result up is worth.
+REMEMBERED_FROM = 2**28
+
+# What changes the model's function beside its tensors.
+_ARCHITECTURE = ("n_head", "layer_norm_epsilon", "apply_residual_connection_post_layernorm")
+
+
+def weight_files(location: str, options: dict) -> list[Path]:
+    """The ``*.safetensors`` files of a folder or hub model, downloaded if need be.
+
+    ``options`` go to the hub. Raises `UserError` for a model that has no such files.
+    """
+    optional = {**options, "_raise_exceptions_for_missing_entries": False}
+    if found := cached_file(location, WEIGHTS, **optional):
+        return [Path(found)]
+    if not (index := cached_file(location, INDEX, **optional)):
+        raise UserError(
+            f"{location}: has no {WEIGHTS}; weights in other files, such as pytorch_model.bin, are not read: "
+            "convert them with BloomForCausalLM.from_pretrained(...).save_pretrained(folder)"
+        )
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [Path(cached_file(location, name, **options)) for name in names]
+
+
+def check_tensors(files: Sequence[Path], config: BloomConfig) -> None:
+    """Raise `UserError` unless the tensors in ``files`` have the shapes of ``config`` and floating dtypes.
+
+    Reads headers only. Which tensors are there at all is for the loading to find out.
+    """
+    stored = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118, no mapping
+                    part = tensors.get_slice(name)
+                    stored[name.removeprefix("transformer.")] = part.get_shape(), part.get_dtype(), file
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read: {error}") from error
+    layers = {int(match[1]) for name in stored if (match := re.match(r"h\.(\d+)\.", name))}
+    if layers and len(layers) != config.n_layer:
+        raise UserError(
+            f"{files[0]}: {len(layers)} layers are stored, but config.json has n_layer {config.n_layer}"
+        )
+    with torch.device("meta"):
+        expected = BloomForCausalLM(config).state_dict()
+    for name, value in expected.items():
+        shape, dtype, file = stored.get(name.removeprefix("transformer."), (list(value.shape), "F32", None))
+        if shape != list(value.shape):
+            raise UserError(f"{file}: {name} has shape {shape}, by config.json it is {list(value.shape)}")
+        if dtype not in ("F16", "BF16", "F32", "F64"):
+            raise UserError(f"{file}: {name} is stored as {dtype}; only F16, BF16, F32 and F64 are read")
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The first ``*.json`` in ``folder`` that holds no JSON object, and why; None where all do."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            kind = type(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{path}: not readable as JSON: {error}"
+        if kind is not dict:
+            return f"{path}: a JSON {kind.__name__}, not an object"
+    return None
+
+
+def fingerprint(model: BloomForCausalLM) -> str:
+    """40 hexadecimal digits: a hash of every byte of every parameter, and of what else makes the function.
+
+    Take it in the stored dtype, before any cast. How the tensors are spread over files does not enter.
+    """
+    names, parameters = zip(*sorted(model.named_parameters()), strict=True)
+    digest = hashlib.blake2b(digest_size=20)
+    digest.update(repr([getattr(model.config, key) for key in _ARCHITECTURE]).encode())
+    with ThreadPoolExecutor() as pool:
+        for name, parameter, content in zip(names, parameters, pool.map(_hash, parameters), strict=True):
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def remembered_fingerprint(model: BloomForCausalLM, files: Sequence[Path], cache_dir: Path) -> str:
+    """`fingerprint`, made once for ``files`` of the same paths, sizes and times and kept in ``cache_dir``.
+
+    ``files`` are what ``model`` was loaded from. A cache that cannot be written is done without.
+    """
+    states = [(str(path.resolve()), path.stat()) for path in files]
+    if sum(state.st_size for _, state in states) < REMEMBERED_FROM:
+        return fingerprint(model)
+    architecture = [getattr(model.config, key) for key in _ARCHITECTURE]
+    identity = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in states]
+    key = hashlib.blake2b(
+        repr((identity, architecture, str(model.dtype))).encode(), digest_size=16
+    ).hexdigest()
+    path = cache_dir / f"fingerprint-{key}"
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{40}", known := path.read_text()):
+            return known
+    made = fingerprint(model)
+    # A file that was just written may be written again within the same tick of the file system's clock.
+    if time.time() - max(state.st_mtime for _, state in states) > 2:
+        with contextlib.suppress(UserError):
+            make_folder(cache_dir)
+            write_atomically(path, made.encode())
+    return made
+
+
+def _hash(parameter: Tensor) -> bytes:
+    content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content, digest_size=20).digest()
