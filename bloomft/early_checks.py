@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ def check_early(config: Config) -> None:
     """Raise `UserError` for a run that cannot succeed on this machine; takes milliseconds, writes nothing."""
     pick_device(config.train.device)
     logger = config.train.logger
-    if logger != "none" and importlib.util.find_spec(logger) is None:
+    if logger not in ("none", *sys.modules) and importlib.util.find_spec(logger) is None:
         where = f"pip install 'bloomft[{logger}]'"
         raise UserError(f"train.logger={logger}: {logger} is not installed; {where}, or choose none")
     _check_schedule(config.optim.scheduler, config.optim.optimizer.lr)

@@ -138,6 +138,7 @@ def tensorboard(monkeypatch):
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
     return writers
 
 

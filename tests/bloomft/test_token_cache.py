@@ -364,7 +364,7 @@ def test_a_file_that_goes_away_while_it_is_read_is_named(texts, tokenizer, monke
         return new_folder(folder)
 
     monkeypatch.setattr(token_cache, "_new_folder", remove_then_go_on)
-    with pytest.raises(UserError, match=r"cannot read b\.txt: No such file or directory; repair it or"):
+    with pytest.raises(UserError, match=r"cannot read b\.txt: No such file or directory; correct it or"):
         build(tokenizer)
     assert folders() == []
 
