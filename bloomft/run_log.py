@@ -3,7 +3,6 @@
 import json
 import math
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,8 +200,6 @@ class _Wandb:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import wandb
 
-        # W&B records the command line, where an access token may stand.
-        arguments, sys.argv = sys.argv, sys.argv[:1]
         try:
             self._run = wandb.init(
                 project="bloomft",
@@ -216,8 +213,6 @@ class _Wandb:
             raise UserError(
                 f"train.logger=wandb: {error}; log in with `wandb login`, or choose none"
             ) from error
-        finally:
-            sys.argv = arguments
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(dict(values), step=step)
