@@ -1,5 +1,6 @@
 """alibi_attention among torch's own operators, its FlexAttention form, and its errors."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -242,6 +243,23 @@ def test_flex_is_one_graph_for_every_length():
             got, alibi_attention(*parts, slopes, document_ids=ids), rtol=1e-3, atol=1e-4
         )
     assert counter.frame_count <= 2
+
+
+def test_flex_compiles_for_more_shapes_than_a_compiler_does_by_default(monkeypatch):
+    """Widths, one row or several, one block or several, with gradients or without."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex.masked_attention, fullgraph=True, backend=counter)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    cases = itertools.product((1, 2), (100, 200), (16, 32), (True, False), (True, False))
+    for batch, length, width, documents, trained in cases:
+        fused, slopes, ids = make_problem(length, batch=batch, width=width)
+        ids = ids if documents else None
+        parts = [part.detach().transpose(1, 2).requires_grad_(trained) for part in fused.unbind(3)]
+        got = flex.attention(*parts, slopes, attention_mask(ids, batch, length, "cpu"))
+        expected = alibi_attention(*parts, slopes, document_ids=ids)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert counter.frame_count > 8
 
 
 ERRORS = {
