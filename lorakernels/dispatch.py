@@ -116,7 +116,6 @@ def choose(
     margin: float = MARGIN,
     *,
     reference: Implementation | None = None,
-    retry: bool = True,
 ) -> Implementation:
     """The candidate to compute problem with: the first one, unless another takes at most margin of its time.
 
@@ -127,7 +126,6 @@ def choose(
     Args:
         reference: what computes the problem where no candidate is right; None where nothing may, since the
             caller asked for these candidates.
-        retry: whether later calls may take another implementation than one that ran out of memory.
 
     Raises:
         RuntimeError: no candidate is right, nor is the reference.
@@ -145,7 +143,7 @@ def choose(
         if _winner(choice, known) is None:
             outcome = _measure_in_thread(problem, candidates, reference, make_trial, margin)
             choice = outcome.choice
-            if outcome.out_of_memory and retry:
+            if outcome.out_of_memory:
                 _let_stand_in(problem, choice.winner)
                 return _winner(choice, known)
             if outcome.durable:
@@ -254,12 +252,16 @@ def _measure_in_thread(
 
 
 def _current_streams() -> list[torch.cuda.Stream]:
-    """The caller's stream on every CUDA device, the current device's last."""
+    """The caller's stream on the current CUDA device, last, and before it what others are not the default.
+
+    A thread begins with the default streams, and to set one makes a context on its device.
+    """
     if not torch.cuda.is_initialized():
         return []
     current = torch.cuda.current_device()
-    others = [index for index in range(torch.cuda.device_count()) if index != current]
-    return [torch.cuda.current_stream(index) for index in (*others, current)]
+    streams = [torch.cuda.current_stream(index) for index in range(torch.cuda.device_count())]
+    own = [one for index, one in enumerate(streams) if one != torch.cuda.default_stream(index)]
+    return [*(one for one in own if one != streams[current]), streams[current]]
 
 
 def _follow(streams: list[torch.cuda.Stream]) -> None:

@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from lorakernels import AttentionMask, alibi_attention, alibi_slopes, attention_mask
-from lorakernels.ops.alibi_attention import flex
+from lorakernels.ops.alibi_attention import flex, plain
 from lorakernels.ops.alibi_attention.mask import document_starts
 from lorakernels.ops.alibi_attention.reference import alibi_attention_reference
 from lorakernels.tolerance import deviations
@@ -182,6 +183,29 @@ def test_inductors_kernels_read_each_rows_own_blocks():
     assert "0" not in dynamic.values()
     # why the mask has an operator of its own
     assert plain["stride_kv_idx_h"] == "0"
+
+
+def on_a_gpu(*shape, index=0, dtype=torch.float32):
+    """A fake tensor, for as long as nothing is computed."""
+    return torch.empty(*shape, device=f"cuda:{index}", dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8), (2, 3, 5, 8)], ids=str)
+def test_no_kernel_is_launched_for_nothing(shape, monkeypatch):
+    for module, name in ((flex, "flex"), (plain, "plain")):
+        monkeypatch.setattr(module, "attention", lambda *_, name=name: name)
+    monkeypatch.setattr("lorakernels.ops.alibi_attention.attention_mask", lambda *_: None)
+    with FakeTensorMode():
+        query = on_a_gpu(*shape)
+        taken = alibi_attention(query, query, query, on_a_gpu(3))
+    assert taken == ("flex" if 0 not in shape else "plain")
+
+
+def test_document_ids_on_another_gpu_are_refused():
+    with FakeTensorMode():
+        query, ids = on_a_gpu(2, 3, 5, 8), on_a_gpu(2, 5, index=1, dtype=torch.int64)
+        with pytest.raises(ValueError, match="document_ids: expected device cuda:0, got cuda:1"):
+            alibi_attention(query, query, query, on_a_gpu(3), document_ids=ids)
 
 
 def operators_of(function, *arguments):

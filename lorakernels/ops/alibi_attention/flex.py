@@ -13,8 +13,8 @@ from lorakernels.ops.alibi_attention.mask import BLOCK, AttentionMask
 
 # tl.dot takes no fewer columns
 LEAST_WIDTH = 16
-# Dtypes, widths, one row or several, one block or several, with gradients or without: more kinds of calls than
-# torch compiles by default before it raises.
+# Dtypes, widths, one row or several, one block or several, with gradients or without: more kinds of calls
+# than torch compiles for by default before it raises.
 MOST_COMPILATIONS = 64
 
 
