@@ -141,7 +141,9 @@ def choose(
             return stand_in
         choice = _choices.get(problem) or _read_disk().get(problem)
         if _winner(choice, known) is None:
-            outcome = _measure_in_thread(problem, candidates, reference, make_trial, margin)
+            outcome = _in_thread(
+                functools.partial(_measure, problem, candidates, reference, make_trial, margin)
+            )
             choice = outcome.choice
             if outcome.out_of_memory:
                 _let_stand_in(problem, choice.winner)
@@ -233,22 +235,16 @@ def _waiting(problem: str, known: Sequence[Implementation]) -> Implementation | 
     return _winner(Choice(stand_in.name), known)
 
 
-def _measure_in_thread(
-    problem: str,
-    candidates: Sequence[Implementation],
-    reference: Implementation | None,
-    make_trial: Callable[[], Trial],
-    margin: float,
-) -> _Outcome:
+def _in_thread(measure: Callable[[], _Outcome]) -> _Outcome:
     # operators run with autograd switched off for the thread; the check needs it, and a fresh thread has it
     streams = _current_streams()
 
-    def measure() -> _Outcome:
+    def follow_and_measure() -> _Outcome:
         _follow(streams)
-        return _measure(problem, candidates, reference, make_trial, margin)
+        return measure()
 
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(measure).result()
+        return executor.submit(follow_and_measure).result()
 
 
 def _current_streams() -> list[torch.cuda.Stream]:
