@@ -116,7 +116,6 @@ def choose(
     margin: float = MARGIN,
     *,
     reference: Implementation | None = None,
-    retry: bool = True,
 ) -> Implementation:
     """The candidate to compute problem with: the first one, unless another takes at most margin of its time.
 
@@ -127,7 +126,6 @@ def choose(
     Args:
         reference: what computes the problem where no candidate is right; None where nothing may, since the
             caller asked for these candidates.
-        retry: whether later calls may take another implementation than one that ran out of memory.
 
     Raises:
         RuntimeError: no candidate is right, nor is the reference.
@@ -143,9 +141,11 @@ def choose(
             return stand_in
         choice = _choices.get(problem) or _read_disk().get(problem)
         if _winner(choice, known) is None:
-            outcome = _measure_in_thread(problem, candidates, reference, make_trial, margin)
+            outcome = _in_thread(
+                functools.partial(_measure, problem, candidates, reference, make_trial, margin)
+            )
             choice = outcome.choice
-            if outcome.out_of_memory and retry:
+            if outcome.out_of_memory:
                 _let_stand_in(problem, choice.winner)
                 return _winner(choice, known)
             if outcome.durable:
@@ -234,31 +234,29 @@ def _waiting(problem: str, known: Sequence[Implementation]) -> Implementation | 
     return _winner(Choice(stand_in.name), known)
 
 
-def _measure_in_thread(
-    problem: str,
-    candidates: Sequence[Implementation],
-    reference: Implementation | None,
-    make_trial: Callable[[], Trial],
-    margin: float,
-) -> _Outcome:
+def _in_thread(measure: Callable[[], _Outcome]) -> _Outcome:
     # operators run with autograd switched off for the thread; the check needs it, and a fresh thread has it
     streams = _current_streams()
 
-    def measure() -> _Outcome:
+    def follow_and_measure() -> _Outcome:
         _follow(streams)
-        return _measure(problem, candidates, reference, make_trial, margin)
+        return measure()
 
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(measure).result()
+        return executor.submit(follow_and_measure).result()
 
 
 def _current_streams() -> list[torch.cuda.Stream]:
-    """The caller's stream on every CUDA device, the current device's last."""
+    """The caller's stream on the current CUDA device, last, and before it what others are not the default.
+
+    A thread begins with the default streams, and to set one makes a context on its device.
+    """
     if not torch.cuda.is_initialized():
         return []
     current = torch.cuda.current_device()
-    others = [index for index in range(torch.cuda.device_count()) if index != current]
-    return [torch.cuda.current_stream(index) for index in (*others, current)]
+    streams = [torch.cuda.current_stream(index) for index in range(torch.cuda.device_count())]
+    own = [one for index, one in enumerate(streams) if one != torch.cuda.default_stream(index)]
+    return [*(one for one in own if one != streams[current]), streams[current]]
 
 
 def _follow(streams: list[torch.cuda.Stream]) -> None:

@@ -117,13 +117,13 @@ def structured_deviations(
     columns of exact must differ, as those of random problems do, or their errors are the same.
     """
     seen_squares = error_squares = independent_squares = 0.0
-    weights = probe.square().sum(1)
+    weights, gram = probe.square().sum(1), probe.T @ probe
     for one, right in zip(*(tensor.split(_block_rows(exact)) for tensor in (got, exact)), strict=True):
         seen_squares += float((right @ probe).square().sum())
         error_squares += float(((one.double() - right) @ probe).square().sum())
         independent_squares += float(((right.to(dtype).double() - right).square() @ weights).sum())
     # as many as the probe has directions of about its largest: its columns need not differ
-    directions = float(weights.sum() / torch.linalg.matrix_norm(probe, 2).square().clamp(min=1e-300))
+    directions = float(gram.trace() / torch.linalg.matrix_norm(gram, 2).clamp(min=1e-300))
     sums = max(1.0, len(exact) * directions)
     independent = math.sqrt(independent_squares) * (1.1 + 5 / math.sqrt(sums)) * math.sqrt(roundings)
     accumulated = largest_error(exact, torch.float32, operands=operands, terms=terms)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -182,12 +183,13 @@ def ignoring_documents(shift_labels):
     return lambda labels, _: shift_labels(labels)
 
 
+ODD_SHAPE = {"full": (3, 5, 33, 24), "tiny": (3, 5, 33, 24), "dtype": "bf16"}
 MODEL = {"dtype": "bf16", "compiled": False}
 MUTATIONS = {
     "lora_linear": ("lora_linear", scaled, lora_items.check_ragged, {"dtype": "fp32"}),
     "dropout": ("lora_linear", without_dropout, lora_items.check_dropout, {"dtype": "fp32"}),
     "documents": ("alibi_attention", only_tensors, attention_items.check_packed, {"head_dim": 8}),
-    "bias": ("alibi_attention", without_bias, attention_items.check_lengths, {"dtype": "bf16"}),
+    "bias": ("alibi_attention", without_bias, attention_items.check_shape, ODD_SHAPE),
     "loss": ("linear_cross_entropy", scaled, dense_items.check_loss, {"dtype": "fp32"}),
     "frozen": ("frozen_linear", scaled, dense_items.check_frozen, {"dtype": "bf16"}),
     "model": ("alibi_attention", only_tensors, model_items.check_model, MODEL),
@@ -205,6 +207,40 @@ def test_a_broken_operator_is_found(mutation, monkeypatch, tmp_path):
     findings = Findings()
     item_check(findings, Setting(DEVICE, True, tmp_path), **arguments)
     assert findings.faults
+
+
+@pytest.mark.parametrize(("left", "faults"), [(1e-6, 0), (1e-3, 2)])
+def test_gradients_that_vanish_are_rounding(left, faults):
+    """A token alone: kernels subtract two sums of the same products, taken in different orders."""
+    shape = (2, 3, 1, 8)
+    exact = [torch.full(shape, size, dtype=torch.float64) for size in (1, 0, 0, 1)]
+    got = [(right + left * (not right.any())).float() for right in exact]
+    findings = Findings()
+    attention_items.judge(findings, "whole", got, exact, torch.float32)
+    assert len(findings.faults) == faults
+    assert len(findings.figures) == 2
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_of_a_commands_warnings_those_of_the_kernels_are_faults(ours):
+    text = "lorakernels: the plain reference computes p" if ours else "an argument is deprecated"
+    findings = Findings()
+    job_items.finish(findings, [sys.executable, "-c", f"import warnings; warnings.warn({text!r})"])
+    assert len(findings.faults) == ours
+
+
+@pytest.mark.skipif(not KERNELS, reason="launches a Triton kernel")
+def test_of_others_warnings_a_choice_knows_nothing(monkeypatch, tmp_path):
+    results = lora_items.results
+
+    def warning(problem):
+        warnings.warn("an argument is deprecated", DeprecationWarning, stacklevel=1)
+        return results(problem)
+
+    monkeypatch.setattr(lora_items, "results", warning)
+    findings = Findings()
+    lora_items.check_auto(findings, Setting(DEVICE, True, tmp_path), "560m", "fp32")
+    assert findings.faults == []
 
 
 def test_a_resumed_run_in_other_bits_is_found(tmp_path):

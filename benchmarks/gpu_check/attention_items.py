@@ -11,9 +11,20 @@ from lorakernels import alibi_attention, alibi_slopes, attention_mask
 
 HEAD_DIMS = (128, 64, 80, 96, 8)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# batch, heads, tokens, head dimension, and those of the rehearsal; a GPU compiles for each of them
+ODD_SHAPES = (
+    ((1, 16, 2048, 64), (1, 4, 70, 16)),
+    ((3, 5, 1000, 24), (3, 5, 33, 24)),
+    ((1, 16, 127, 128), (1, 4, 31, 32)),
+    ((2, 3, 129, 80), (2, 3, 17, 20)),
+    ((4, 2, 17, 16), (4, 2, 9, 16)),
+    ((2, 2, 1, 64), (2, 2, 1, 16)),
+)
 RESULTS = ("out", "dq", "dk", "dv")
 # 16 bits: the probabilities are rounded as well as the output, and one more step of the gradients is
 ROUNDINGS = (2, 3, 3, 3)
+# the largest absolute value of gradients that are 0, those of a token alone: rounding of sums of about 10
+VANISHED = 1e-5
 # bfloat16, 2,048 tokens: relative error of the worst head
 LARGEST = (2.5e-3, 3.5e-3, 3.5e-3, 3.5e-3)
 
@@ -28,7 +39,14 @@ def first() -> list[Item]:
 def rest() -> list[Item]:
     """Other dtypes, odd lengths, one row and several, padding, and fewer queries than keys."""
     return [
-        *(Item(f"alibi_attention odd lengths, {d}", check_lengths, {"dtype": d}) for d in DTYPES),
+        *(
+            Item(
+                f"alibi_attention {'x'.join(map(str, full))}, {d}",
+                check_shape,
+                {"full": full, "tiny": tiny, "dtype": d},
+            )
+            for (full, tiny), d in itertools.product(ODD_SHAPES, DTYPES)
+        ),
         *(Item(f"alibi_attention last queries alone, {d}", check_last_queries, {"dtype": d}) for d in DTYPES),
     ]
 
@@ -58,32 +76,22 @@ def check_packed(findings: Findings, setting: Setting, head_dim: int) -> None:
         judge(findings, name, results(function, tensors, incoming), exact, torch.bfloat16, bounds)
 
 
-def check_lengths(findings: Findings, setting: Setting, dtype: str) -> None:
+def check_shape(
+    findings: Findings, setting: Setting, full: tuple[int, ...], tiny: tuple[int, ...], dtype: str
+) -> None:
     """Lengths that no block divides, by rows and by documents, padded and whole."""
-    shapes = setting.pick(
-        (
-            (1, 16, 2048, 64),
-            (3, 5, 1000, 24),
-            (1, 16, 127, 128),
-            (2, 3, 129, 80),
-            (4, 2, 17, 16),
-            (2, 2, 1, 64),
-        ),
-        ((1, 4, 70, 16), (3, 5, 33, 24), (2, 2, 1, 16)),
-    )
-    for batch, heads, length, head_dim in shapes:
-        tensors, slopes, incoming = make_problem(setting, batch, heads, length, head_dim, DTYPES[dtype])
-        padded = packed_documents(setting, batch, length)
-        # the data pipeline gives padding the id -1
-        padded[:, length - length // 4 :] = -1
-        for kind, documents in {"whole": None, "padded": padded}.items():
-            exact = exact_results(tensors, slopes, documents, incoming)
+    batch, heads, length, head_dim = setting.pick(full, tiny)
+    tensors, slopes, incoming = make_problem(setting, batch, heads, length, head_dim, DTYPES[dtype])
+    padded = packed_documents(setting, batch, length)
+    # the data pipeline gives padding the id -1
+    padded[:, length - length // 4 :] = -1
+    for kind, documents in {"whole": None, "padded": padded}.items():
+        exact = exact_results(tensors, slopes, documents, incoming)
 
-            def attend(query, key, value, slopes=slopes, documents=documents):
-                return alibi_attention(query, key, value, slopes, document_ids=documents)
+        def attend(query, key, value, documents=documents):
+            return alibi_attention(query, key, value, slopes, document_ids=documents)
 
-            name = f"{batch}x{heads}x{length}x{head_dim} {kind}"
-            judge(findings, name, results(attend, tensors, incoming), exact, DTYPES[dtype])
+        judge(findings, kind, results(attend, tensors, incoming), exact, DTYPES[dtype])
 
 
 def check_last_queries(findings: Findings, setting: Setting, dtype: str) -> None:
@@ -173,6 +181,10 @@ def judge(
 ) -> None:
     """Each result, its worst head, by the rule or by the bound that is given in its place."""
     for result, one, right, rounds, bound in zip(RESULTS, got, exact, ROUNDINGS, bounds, strict=False):
+        if not right.any():
+            largest = float(one.abs().max())
+            findings.require(largest <= VANISHED, f"{name}: {result}: up to {largest:.2g} in place of 0")
+            continue
         findings.compare_heads(
             f"{name}: {result}", one, right, dtype,
             operands=dtype, terms=right.shape[2], roundings=rounds, at_most=bound,

@@ -1,5 +1,6 @@
 """alibi_attention among torch's own operators, its FlexAttention form, and its errors."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -8,12 +9,13 @@ import sys
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from lorakernels import AttentionMask, alibi_attention, alibi_slopes, attention_mask
-from lorakernels.ops.alibi_attention import flex
+from lorakernels.ops.alibi_attention import flex, plain
 from lorakernels.ops.alibi_attention.mask import document_starts
 from lorakernels.ops.alibi_attention.reference import alibi_attention_reference
 from lorakernels.tolerance import deviations
@@ -183,6 +185,29 @@ def test_inductors_kernels_read_each_rows_own_blocks():
     assert plain["stride_kv_idx_h"] == "0"
 
 
+def on_a_gpu(*shape, index=0, dtype=torch.float32):
+    """A fake tensor, for as long as nothing is computed."""
+    return torch.empty(*shape, device=f"cuda:{index}", dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8), (2, 3, 5, 8)], ids=str)
+def test_no_kernel_is_launched_for_nothing(shape, monkeypatch):
+    for module, name in ((flex, "flex"), (plain, "plain")):
+        monkeypatch.setattr(module, "attention", lambda *_, name=name: name)
+    monkeypatch.setattr("lorakernels.ops.alibi_attention.attention_mask", lambda *_: None)
+    with FakeTensorMode():
+        query = on_a_gpu(*shape)
+        taken = alibi_attention(query, query, query, on_a_gpu(3))
+    assert taken == ("flex" if 0 not in shape else "plain")
+
+
+def test_document_ids_on_another_gpu_are_refused():
+    with FakeTensorMode():
+        query, ids = on_a_gpu(2, 3, 5, 8), on_a_gpu(2, 5, index=1, dtype=torch.int64)
+        with pytest.raises(ValueError, match="document_ids: expected device cuda:0, got cuda:1"):
+            alibi_attention(query, query, query, on_a_gpu(3), document_ids=ids)
+
+
 def operators_of(function, *arguments):
     """Names of the operators in function's graph."""
     names = []
@@ -242,6 +267,23 @@ def test_flex_is_one_graph_for_every_length():
             got, alibi_attention(*parts, slopes, document_ids=ids), rtol=1e-3, atol=1e-4
         )
     assert counter.frame_count <= 2
+
+
+def test_flex_compiles_for_more_shapes_than_a_compiler_does_by_default(monkeypatch):
+    """Widths, one row or several, one block or several, with gradients or without."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex.masked_attention, fullgraph=True, backend=counter)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    cases = itertools.product((1, 2), (100, 200), (16, 32), (True, False), (True, False))
+    for batch, length, width, documents, trained in cases:
+        fused, slopes, ids = make_problem(length, batch=batch, width=width)
+        ids = ids if documents else None
+        parts = [part.detach().transpose(1, 2).requires_grad_(trained) for part in fused.unbind(3)]
+        got = flex.attention(*parts, slopes, attention_mask(ids, batch, length, "cpu"))
+        expected = alibi_attention(*parts, slopes, document_ids=ids)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert counter.frame_count > 8
 
 
 ERRORS = {

@@ -153,14 +153,6 @@ def test_tries_become_rare_while_memory_is_short():
     assert "reference computes p unchecked: out of memory" in str(warning.message)
 
 
-def test_one_choice_holds_where_later_calls_must_agree():
-    short, plain = candidate("a", 0.0, torch.OutOfMemoryError()), candidate("reference", 0.0)
-    with pytest.warns(UserWarning, match="the plain reference computes p: a: OutOfMemoryError"):
-        assert dispatch.choose("p", (short,), FakeTrial, reference=plain, retry=False) is plain
-    assert dispatch.choose("p", (candidate("a", 0.0),), FakeTrial, reference=plain, retry=False) is plain
-    assert FakeTrial.made == 1
-
-
 @pytest.mark.parametrize("during", ["check", "measurement"])
 def test_what_does_not_compile_is_dropped_for_this_process_alone(during, tmp_path):
     error = RuntimeError("PassManager::run failed\n" + 100 * "  some IR\n")
@@ -218,11 +210,14 @@ def test_a_sole_candidate_is_checked_once_and_not_timed(tmp_path):
 def test_measuring_follows_the_streams_of_the_caller(monkeypatch):
     followed = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda index: (f"stream of {index}", threading.get_ident())
     )
+    # setting a stream makes a context on its device: not where nobody works on a stream of their own
+    default = {3: ("stream of 3", threading.get_ident())}
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda index: default.get(index, f"default of {index}"))
     monkeypatch.setattr(
         torch.cuda, "set_stream", lambda stream: followed.append((stream, threading.get_ident()))
     )

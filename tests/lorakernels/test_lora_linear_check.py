@@ -66,6 +66,26 @@ def test_thin_factors_in_16_bits_do_not(problem, exact):
             assert {line.split(":")[0].split()[0] for line in lines} == {name}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(1, 512), (512, 1), (2, 512), (512, 2)])
+def test_right_results_of_narrow_layers_pass(n, k, dtype):
+    """With one output or one input, rows of dx or y are multiples of each other, and so are their errors."""
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).div(k**0.5).to(dtype)
+    problem = check.random_problem(M, weight, R, torch.float32)
+    exact = check.exact_results(problem)
+    dtypes = (rule["dtype"] for rule in check.rules(problem).values())
+    results = [right.to(one) for right, one in zip(exact.results, dtypes, strict=True)]
+    assert check.failures(results, problem, exact=exact) == []
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_float16_holds_adapters_of_any_scale(scale):
+    weight = torch.full((512, 1024), 1 / 32, dtype=torch.float16)
+    problem = check.random_problem(2000, weight, 1, torch.float16, scale=scale)
+    assert problem.lora_b.isfinite().all()
+    assert all(right.half().isfinite().all() for right in check.exact_results(problem).results)
+
+
 @pytest.mark.parametrize("scale", [4.0, -0.1])
 @pytest.mark.parametrize("size", [0.02, 3.0])
 def test_no_part_of_a_random_problem_is_negligible(size, scale):

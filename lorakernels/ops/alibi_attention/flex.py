@@ -13,14 +13,19 @@ from lorakernels.ops.alibi_attention.mask import BLOCK, AttentionMask
 
 # tl.dot takes no fewer columns
 LEAST_WIDTH = 16
+# Dtypes, widths, one row or several, one block or several, with gradients or without: more kinds of calls
+# than torch compiles for by default before it raises.
+MOST_COMPILATIONS = 64
 
 
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor, mask: AttentionMask
 ) -> torch.Tensor:
     """`alibi_attention` for CUDA tensors, Tq = T; compiles itself where no torch.compile surrounds it."""
-    run = masked_attention if torch.compiler.is_compiling() else _compiled()
-    return run(query, key, value, slopes, mask)
+    if torch.compiler.is_compiling():
+        return masked_attention(query, key, value, slopes, mask)
+    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
+        return _compiled()(query, key, value, slopes, mask)
 
 
 @functools.cache

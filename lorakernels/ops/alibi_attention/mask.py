@@ -52,9 +52,10 @@ def attention_mask(
             )
         if document_ids.is_floating_point() or document_ids.is_complex():
             raise TypeError(f"document_ids: expected integers, got {document_ids.dtype}")
-        if document_ids.device.type != device.type:
-            raise ValueError(f"document_ids: expected device {device}, got {document_ids.device}")
-        device = document_ids.device
+        given = document_ids.device
+        if given.type != device.type or device.index not in (None, given.index):
+            raise ValueError(f"document_ids: expected device {device}, got {given}")
+        device = given
     return AttentionMask(*_mask(document_ids, length, device))
 
 

@@ -62,16 +62,17 @@ def random_problem(
     """Normal x [M, K], dy [M, N], bias and adapters of rank r around weight [N, K], none of them negligible.
 
     In root mean squares, for a weight of w: x is 1, x·Wᵀ and the bias are w·sqrt(K); dy is 1 / sqrt(N), so
-    that float16 holds the gradients of a long batch, and dy·W is w. With A of 1 / sqrt(K) and B of b the
-    update is scale·sqrt(r)·b in y and scale·sqrt(r / K)·b in dx: b = UPDATE_SHARE·w·sqrt(K) / (scale·sqrt(r))
-    makes it UPDATE_SHARE times the product with the weight in both, so that a fault of either part or of the
-    bias shows. The global random state is left alone.
+    that float16 holds the gradients of a long batch, and dy·W is w. With A of a / sqrt(K) and B of b the
+    update is scale·sqrt(r)·a·b in y and scale·sqrt(r / K)·a·b in dx: a·b = UPDATE_SHARE·w·sqrt(K) /
+    (scale·sqrt(r)) makes it UPDATE_SHARE times the product with the weight in both, so that a fault of either
+    part or of the bias shows. A and B share the scale, so that float16 holds both and their products. The
+    global random state is left alone.
     """
     (n, k), device = weight.shape, weight.device
     # far from the seeds of callers, who may have drawn the weight with one: x must not repeat it
     generator = torch.Generator(device).manual_seed(2**31 + seed)
     norm = torch.linalg.vector_norm(weight.detach(), dtype=wide_dtype(weight.dtype))
-    frozen = float(norm) / math.sqrt(n) or 1.0
+    frozen, root = float(norm) / math.sqrt(n) or 1.0, math.sqrt(abs(scale))
 
     def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = weight.dtype) -> Tensor:
         values = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
@@ -81,8 +82,8 @@ def random_problem(
         x=normal(m, k),
         weight=weight.detach(),
         bias=normal(n, size=frozen) if bias else None,
-        lora_a=normal(r, k, size=1 / math.sqrt(k), dtype=adapter_dtype),
-        lora_b=normal(n, r, size=UPDATE_SHARE * frozen / (abs(scale) * math.sqrt(r)), dtype=adapter_dtype),
+        lora_a=normal(r, k, size=1 / (root * math.sqrt(k)), dtype=adapter_dtype),
+        lora_b=normal(n, r, size=UPDATE_SHARE * frozen / (root * math.sqrt(r)), dtype=adapter_dtype),
         dy=normal(m, n, size=1 / math.sqrt(n)),
         scale=scale,
     )
@@ -151,8 +152,11 @@ def failures(
     has it.
     """
     exact = exact or exact_results(problem, multiplier)
-    # what update there is in y and dx, from the right and from the left
+    # what update there is in y and dx, from the right and from the left; with one column or sums of one term
+    # the errors of right results have such a structure too
     factors = {"y": (problem.lora_b, exact.s), "dx": (problem.lora_a.T, exact.ds)}
+    if min(problem.weight.shape) == 1:
+        factors = {}
     lines = []
     for (name, rule), got, right in zip(
         rules(problem, roundings).items(), results, exact.results, strict=True

@@ -50,7 +50,7 @@ def select(
     dropout_p: float,
     backend: str,
 ) -> Implementation:
-    """The implementation of one problem, x [M, K]; a forward and its backward get the same one.
+    """The implementation of one problem, x [M, K]; one of them may run forward and another backward.
 
     Raises:
         ValueError: backend, or the environment variable in its place, names what cannot run here.
@@ -82,10 +82,7 @@ def select(
     trial = functools.partial(
         _Trial, x.shape[0], weight, bias is not None, rank, lora_a.dtype, scale, dropout_p
     )
-    # with dropout a backward needs the kind of mask that its forward had, for good
-    return dispatch.choose(
-        problem, chosen, trial, reference=None if forced else REFERENCE, retry=not dropout_p
-    )
+    return dispatch.choose(problem, chosen, trial, reference=None if forced else REFERENCE)
 
 
 @functools.lru_cache
