@@ -128,7 +128,7 @@ def test_any_problem(shape, dtype, documents, queries, keys, kibibytes, sharpnes
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_rows_keep_their_digits(dtype):
-    """At 1,000 tokens the steepest head's bias is 700; float32 has no room for a score beside that."""
+    """At 1,000 tokens the steepest head's bias is 700; float32 keeps few digits of a score beside that."""
     tensors, slopes, ids, incoming = make_problem((1, 8, 1000, 16), dtype)
     results = results_of(alibi_attention, tensors, slopes, incoming)
     assert failures(results, tensors, slopes, ids, incoming) == []

@@ -190,15 +190,23 @@ def on_a_gpu(*shape, index=0, dtype=torch.float32):
     return torch.empty(*shape, device=f"cuda:{index}", dtype=dtype)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8), (2, 3, 5, 8)], ids=str)
-def test_no_kernel_is_launched_for_nothing(shape, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "dtype", "way"),
+    [
+        (2, 5, 5, torch.bfloat16, "flex"),
+        (2, 5, 5, torch.float64, "plain"),
+        (2, 1, 5, torch.bfloat16, "plain"),  # a decode step compiles nothing
+        (0, 5, 5, torch.bfloat16, "plain"),  # a grid cannot be empty
+        (2, 0, 0, torch.bfloat16, "plain"),
+    ],
+)
+def test_who_computes_on_a_gpu(batch, queries, keys, dtype, way, monkeypatch):
     for module, name in ((flex, "flex"), (plain, "plain")):
         monkeypatch.setattr(module, "attention", lambda *_, name=name: name)
     monkeypatch.setattr("lorakernels.ops.alibi_attention.attention_mask", lambda *_: None)
     with FakeTensorMode():
-        query = on_a_gpu(*shape)
-        taken = alibi_attention(query, query, query, on_a_gpu(3))
-    assert taken == ("flex" if 0 not in shape else "plain")
+        query, key = (on_a_gpu(batch, 3, length, 8, dtype=dtype) for length in (queries, keys))
+        assert alibi_attention(query, key, key, on_a_gpu(3)) == way
 
 
 def test_document_ids_on_another_gpu_are_refused():
