@@ -48,9 +48,9 @@ def largest_error(
     1.9e-6 to 4.1e-6, the vendor's path 1e-5. It is a hundredth of what rounding an operand to bfloat16 moves
     (1.7e-3), so a dropped low part of a split factor is far above it.
 
-    A float32 result of float32 operands: eps · (4 + sqrt(terms) / 2), the random walk of roundings; where
-    CUDA may use TF32, 2^-9, since an operand then keeps ten bits. A float64 result: 1e-13, both sides being
-    one computation in another order.
+    A float32 result of float32 operands: eps · (4 + sqrt(terms) / 2), the random walk of roundings. Where
+    CUDA may use TF32, any float32 result: 2^-9, since a float32 factor then keeps ten bits. A float64
+    result: 1e-13, both sides being one computation in another order.
 
     Raises ValueError where exact overflows dtype: no result could be right.
     """
@@ -62,10 +62,10 @@ def largest_error(
             raise ValueError(f"exact: its values do not fit {dtype}")
         luck = torch.finfo(dtype).eps / math.sqrt(_effective_elements(exact))
         return 1.1 * math.sqrt(roundings) * rounding + luck
-    if operands.itemsize == 2:
-        return 2**-16 + terms * 2**-28
     if exact.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return 2**-9
+    if operands.itemsize == 2:
+        return 2**-16 + terms * 2**-28
     return torch.finfo(dtype).eps * (4 + math.sqrt(terms) / 2)
 
 

@@ -1,6 +1,5 @@
 """gpu-check: its rehearsal passes, what is wrong turns it red, and no fault of an item reaches another."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -179,8 +178,8 @@ def without_dropout(operator):
     return lambda *inputs, dropout_p=0.0, **options: operator(*inputs, **options)
 
 
-def ignoring_documents(shift_labels):
-    return lambda labels, _: shift_labels(labels)
+def ignoring_documents(_):
+    return lambda labels, *_: labels
 
 
 ODD_SHAPE = {"full": (3, 5, 33, 24), "tiny": (3, 5, 33, 24), "dtype": "bf16"}
@@ -193,7 +192,7 @@ MUTATIONS = {
     "loss": ("linear_cross_entropy", scaled, dense_items.check_loss, {"dtype": "fp32"}),
     "frozen": ("frozen_linear", scaled, dense_items.check_frozen, {"dtype": "bf16"}),
     "model": ("alibi_attention", only_tensors, model_items.check_model, MODEL),
-    "labels": ("shift_labels", ignoring_documents, model_items.check_model, MODEL),
+    "labels": ("ignore_first_labels", ignoring_documents, model_items.check_model, MODEL),
 }
 
 
@@ -245,15 +244,20 @@ def test_of_others_warnings_a_choice_knows_nothing(monkeypatch, tmp_path):
 
 def test_a_resumed_run_in_other_bits_is_found(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, job_items.STEPS + 1)]
-    adapter = torch.linspace(1, 2, 6)
-    empty = {field.name: {} for field in dataclasses.fields(TrainingState)}
+    adapter = torch.linspace(1, 2, 6)[None]
+    written = {
+        "step": job_items.STEPS, "position": 0, "scheduler": {"last_epoch": 1}, "scaler": {},
+        "rng": {"cpu": torch.get_rng_state()}, "window": {"loss": 0.0, "labels": 0}, "base_eval_loss": None,
+        "config": "{optim: {scheduler: {name: linear}}, train: {batch_size: 1}}", "lora": {"lora_dim": 1},
+        "base": {"name": "a base", "fingerprint": "0"}, "data": "rows",
+    }  # fmt: skip
 
     def write(name: str, adapter: torch.Tensor, moment: torch.Tensor, lines: list[str]) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        values = {"step": job_items.STEPS, "adapters": {"lora_a": adapter}}
-        values["optimizer"] = {"state": {0: {"exp_avg": moment}}}
-        save_checkpoint(TrainingState(**{**empty, **values}), folder, keep=False)
+        trained = {"adapters": {"0.lora_a": adapter}}
+        trained["optimizer"] = {"state": {0: {"exp_avg": moment}}, "param_groups": []}
+        save_checkpoint(TrainingState(**written, **trained), folder, keep=False)
         (folder / "metrics.jsonl").write_text("\n".join(lines))
         return folder
 

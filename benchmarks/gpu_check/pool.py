@@ -164,6 +164,8 @@ def _serve(pipe: connection.Connection, setting: Setting, log: Path) -> None:
     # before Triton is imported, and for the processes that an item starts
     os.environ["TRITON_INTERPRET"] = "1" if setting.device == "cpu" else "0"
     os.environ["OMP_NUM_THREADS"] = "1"
+    # or every worker would start a pool of compiling processes of its own
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["LORAKERNELS_CACHE_DIR"] = str(log.with_suffix(".choices"))
     os.environ.pop("LORAKERNELS_BACKEND", None)
     import torch
