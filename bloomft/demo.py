@@ -4,6 +4,12 @@ Pre-trains the small base if the cache does not have it, fine-tunes it with LoRA
 this environment, and shows held-out losses and one prompt completed before and after.
 """
 
+if __name__ == "__main__":
+    from bloomft.threads import share_cores
+
+    share_cores()  # before torch is imported
+
+
 import math
 import sys
 import time

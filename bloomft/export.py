@@ -3,6 +3,12 @@
 ``--format merged`` (default) is a Hugging Face folder; ``--format adapter`` is PEFT's format.
 """
 
+if __name__ == "__main__":
+    from bloomft.threads import share_cores
+
+    share_cores()  # before torch is imported
+
+
 import argparse
 import dataclasses
 import json

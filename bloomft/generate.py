@@ -3,6 +3,12 @@
 Without CHECKPOINT it shows what the base writes, for comparison. The same seed gives the same text.
 """
 
+if __name__ == "__main__":
+    from bloomft.threads import share_cores
+
+    share_cores()  # before torch is imported
+
+
 import argparse
 import os
 import sys

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from bloomft.errors import UserError
+from bloomft.threads import usable_cores
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -17,10 +18,12 @@ def setup_process() -> None:
 
     - Denormals are flushed to zero: ALiBi's steep heads push softmax weights into that range, where every
       exp and GEMM crawls. The setting is per thread and inherited, hence before torch starts its thread pool.
+    - No more threads than cores that this process may use; fewer, where OMP_NUM_THREADS says so.
     - glibc keeps large blocks instead of returning them to the kernel, which would hand out every activation
       as fresh, unmapped pages again.
     """
     torch.set_flush_denormal(True)
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):

@@ -6,8 +6,11 @@ that was never interrupted.
 
 if __name__ == "__main__":
     from bloomft.signals import watch_signals
+    from bloomft.threads import share_cores
 
-    watch_signals()  # before torch is imported, which takes seconds
+    # before torch is imported, which takes seconds and reads what share_cores sets
+    watch_signals()
+    share_cores()
 
 import argparse
 import hashlib

@@ -2,7 +2,11 @@
 
 import os
 
-import torch
+from bloomft.threads import share_cores
+
+share_cores()  # before torch is imported
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Triton's own functions look at it when it is first imported, kernels when they are decorated
