@@ -21,7 +21,7 @@ from statistics import median
 SETTINGS = {
     "libgomp's default": {},
     "spin count 1,000": {"GOMP_SPINCOUNT": "1000"},
-    "spin count 10,000": {"GOMP_SPINCOUNT": "10000"},
+    "spin count 20,000": {"GOMP_SPINCOUNT": "20000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 OPENMP = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
