@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import Tensor
 
 from bloomft.config import LoraConfig
@@ -114,13 +114,13 @@ def load_checkpoint(path: Path) -> TrainingState:
     if wrong:
         raise UserError(f"{path}: not a checkpoint of bloomft: no run writes such a value of {wrong[0]!r}")
     if content["format"] == 1:
-        state.position *= OmegaConf.create(state.config).train.batch_size
+        state.position *= yaml.safe_load(state.config)["train"]["batch_size"]
     return state
 
 
 def find_checkpoint(given: str, run_dir: Path) -> Path:
     """``given`` as it stands, or inside the run's folder if relative and not there; else `UserError`."""
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     # Path.exists raises for a name that is too long
     if os.path.exists(path):
         return path
@@ -211,11 +211,11 @@ def _is_rng(value: Any) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    plain = OmegaConf.create(value)
+    plain = yaml.safe_load(value)
     return (
         isinstance(value, str)
-        and isinstance(plain.optim.scheduler.name, str)
-        and 0 < plain.train.batch_size < 2**31
+        and isinstance(plain["optim"]["scheduler"]["name"], str)
+        and 0 < plain["train"]["batch_size"] < 2**31
     )
 
 

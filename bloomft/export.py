@@ -78,7 +78,8 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
     there is a `UserError`, and so are logits or losses that are not finite. Returns how far merging moved the
     model, None for an adapter.
     """
-    kept = (Path.cwd(), checkpoint, Path(config.model.transformer.pretrained_model_name_or_path).expanduser())
+    base_name = os.path.expanduser(config.model.transformer.pretrained_model_name_or_path)
+    kept = (Path.cwd(), checkpoint, Path(base_name))
     _check_output(output, kept)
     check_folder(output)
     pick_device(config.train.device)  # it is there, before a base is loaded

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import Tensor
 from transformers import BloomForCausalLM, get_scheduler
 
@@ -116,7 +116,10 @@ class RunState:
                 f"{path}: model.lora.{changed[0]} is {theirs.get(changed[0])} there and {ours[changed[0]]} "
                 f"in this configuration; {anew}"
             )
-        was, name = OmegaConf.create(state.config).optim.scheduler.name, self.config.optim.scheduler.name
+        was, name = (
+            yaml.safe_load(state.config)["optim"]["scheduler"]["name"],
+            self.config.optim.scheduler.name,
+        )
         if was != name:
             raise UserError(
                 f"{path}: optim.scheduler.name is {was} there and {name} in this configuration; {anew}"
