@@ -215,6 +215,7 @@ def _is_config(value: Any) -> bool:
     return (
         isinstance(value, str)
         and isinstance(plain["optim"]["scheduler"]["name"], str)
+        and 0 < plain["optim"]["optimizer"]["lr"] < math.inf
         and 0 < plain["train"]["batch_size"] < 2**31
     )
 

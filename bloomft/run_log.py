@@ -142,6 +142,7 @@ _LABELS = {
     "grad_norm": "|grad| {:.3f}",
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "MFU {:.0%}",
+    "skipped_steps": "{} steps skipped",
 }
 
 
