@@ -45,8 +45,10 @@ def holds_adapters(model: nn.Module, state: dict[str, Tensor]) -> bool:
     )
 
 
-def save_peft_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
+def save_peft_adapter(model: nn.Module, folder: Path, base_name: str, revision: str | None = None) -> None:
     """Write the adapters of a patched model so that ``PeftModel.from_pretrained`` loads them.
+
+    ``base_name`` and ``revision`` are what ``from_pretrained`` was given for the base.
 
     ``lora_b`` is written with all its rows; where only some of q, k and v are adapted, the others are zero.
     """
@@ -61,6 +63,7 @@ def save_peft_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        "revision": revision,
         "r": first.r,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": first.dropout_p,

@@ -50,7 +50,7 @@ class TrainingState:
         base_eval_loss: held-out loss before the first step, None without held-out documents.
         config: the resolved configuration as YAML.
         lora: rank, scale and what else shapes the adapters.
-        base: name and fingerprint of the frozen base model.
+        base: name, revision, subfolder and fingerprint of the frozen base model.
         data: identity of the training rows.
     """
 
@@ -65,7 +65,7 @@ class TrainingState:
     base_eval_loss: float | None
     config: str
     lora: dict[str, Any]
-    base: dict[str, str]
+    base: dict[str, str | None]
     data: str
 
 
@@ -131,20 +131,6 @@ def find_checkpoint(given: str, run_dir: Path) -> Path:
     known = ", ".join(sorted(found.name for found in run_dir.glob("*.ckpt"))[:8])
     there = f"; {run_dir} has {known}" if known else f"; {run_dir} has no checkpoint yet"
     raise UserError(f"no checkpoint at {places}{there}")
-
-
-def check_base(state: TrainingState, base_name: str, base_fingerprint: str, path: Path) -> None:
-    """Raise `UserError` unless the checkpoint was trained on this very base model."""
-    if len(state.base["fingerprint"]) != len(base_fingerprint):
-        raise UserError(
-            f"{path}: knows its base by a sample of the weights only, as earlier versions did; "
-            "train.resume=never starts anew"
-        )
-    if state.base["fingerprint"] != base_fingerprint:
-        raise UserError(
-            f"{path}: trained on the base model {state.base['name']} ({state.base['fingerprint'][:8]}), "
-            f"but {base_name} is another one ({base_fingerprint[:8]})"
-        )
 
 
 def rng_states() -> dict[str, Tensor]:

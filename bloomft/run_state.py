@@ -10,7 +10,8 @@ import yaml
 from torch import Tensor
 from transformers import BloomForCausalLM, get_scheduler
 
-from bloomft.checkpoint import TrainingState, check_base, restore_rng_states, rng_states
+from bloomft.base_identity import base_identity, check_base
+from bloomft.checkpoint import TrainingState, restore_rng_states, rng_states
 from bloomft.config import (
     METRIC_SCHEDULES,
     Config,
@@ -68,7 +69,7 @@ class RunState:
             base_eval_loss=self.base_eval_loss,
             config=config_to_yaml(self.config),
             lora=dataclasses.asdict(self.config.model.lora),
-            base={"name": self.base.name, "fingerprint": self.base.fingerprint},
+            base=base_identity(self.config.model.transformer, self.base.fingerprint),
             data=self.data,
         )
 
@@ -133,7 +134,7 @@ class RunState:
 
     def _check_same_run(self, state: TrainingState, then: OptimConfig, path: Path) -> None:
         anew = "train.resume=never starts anew"
-        check_base(state, self.base.name, self.base.fingerprint, path)
+        check_base(state.base, self.config.model.transformer, self.base.fingerprint, path)
         if state.data != self.data:
             raise UserError(
                 f"{path}: its training rows differ from those of this configuration (files, max_length, "
