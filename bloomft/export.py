@@ -121,11 +121,7 @@ def _check_output(output: Path, kept: Iterable[Path]) -> None:
     if not names:
         return
     try:
-        listed = (
-            json.loads((folder / EXPORT_MARK).read_text(encoding="utf-8"))["files"]
-            if EXPORT_MARK in names
-            else None
-        )
+        listed = json.loads((folder / EXPORT_MARK).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         listed = None
     if not isinstance(listed, list):
