@@ -86,7 +86,6 @@ UNDERSTOOD = {
     "dense_4h_to_h": {"target_modules": ["mlp.dense_4h_to_h"]},
     "dropout": {"lora_dropout": 0.3},
     "fractional alpha": {"lora_alpha": 2.5},
-    "fan_in_fan_out, which PEFT takes back": {"fan_in_fan_out": False},
     "no task": {"task_type": None},
 }
 # Every option of PEFT's that is refused, with the key that the message names.
