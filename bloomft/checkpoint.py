@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import Tensor
 
 from bloomft.config import LoraConfig
@@ -50,7 +50,7 @@ class TrainingState:
         base_eval_loss: held-out loss before the first step, None without held-out documents.
         config: the resolved configuration as YAML.
         lora: rank, scale and what else shapes the adapters.
-        base: name and fingerprint of the frozen base model.
+        base: name, revision, subfolder and fingerprint of the frozen base model.
         data: identity of the training rows.
     """
 
@@ -65,7 +65,7 @@ class TrainingState:
     base_eval_loss: float | None
     config: str
     lora: dict[str, Any]
-    base: dict[str, str]
+    base: dict[str, str | None]
     data: str
 
 
@@ -114,13 +114,13 @@ def load_checkpoint(path: Path) -> TrainingState:
     if wrong:
         raise UserError(f"{path}: not a checkpoint of bloomft: no run writes such a value of {wrong[0]!r}")
     if content["format"] == 1:
-        state.position *= OmegaConf.create(state.config).train.batch_size
+        state.position *= yaml.safe_load(state.config)["train"]["batch_size"]
     return state
 
 
 def find_checkpoint(given: str, run_dir: Path) -> Path:
     """``given`` as it stands, or inside the run's folder if relative and not there; else `UserError`."""
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     # Path.exists raises for a name that is too long
     if os.path.exists(path):
         return path
@@ -131,20 +131,6 @@ def find_checkpoint(given: str, run_dir: Path) -> Path:
     known = ", ".join(sorted(found.name for found in run_dir.glob("*.ckpt"))[:8])
     there = f"; {run_dir} has {known}" if known else f"; {run_dir} has no checkpoint yet"
     raise UserError(f"no checkpoint at {places}{there}")
-
-
-def check_base(state: TrainingState, base_name: str, base_fingerprint: str, path: Path) -> None:
-    """Raise `UserError` unless the checkpoint was trained on this very base model."""
-    if len(state.base["fingerprint"]) != len(base_fingerprint):
-        raise UserError(
-            f"{path}: knows its base by a sample of the weights only, as earlier versions did; "
-            "train.resume=never starts anew"
-        )
-    if state.base["fingerprint"] != base_fingerprint:
-        raise UserError(
-            f"{path}: trained on the base model {state.base['name']} ({state.base['fingerprint'][:8]}), "
-            f"but {base_name} is another one ({base_fingerprint[:8]})"
-        )
 
 
 def rng_states() -> dict[str, Tensor]:
@@ -211,11 +197,12 @@ def _is_rng(value: Any) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    plain = OmegaConf.create(value)
+    plain = yaml.safe_load(value)
     return (
         isinstance(value, str)
-        and isinstance(plain.optim.scheduler.name, str)
-        and 0 < plain.train.batch_size < 2**31
+        and isinstance(plain["optim"]["scheduler"]["name"], str)
+        and 0 < plain["optim"]["optimizer"]["lr"] < math.inf
+        and 0 < plain["train"]["batch_size"] < 2**31
     )
 
 

@@ -11,17 +11,23 @@ import math
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from bloomft.config_origin import Origin, all_keys, first_line, parse_yaml
+from bloomft.config_yaml import (
+    InvalidYAMLError,
+    Origin,
+    WrongTypeError,
+    read_word,
+    read_yaml,
+    shown,
+    to_type,
+    to_yaml,
+)
 from bloomft.errors import UserError
 
 SCHEDULES = (
@@ -46,7 +52,7 @@ LARGEST_FILE = 2**18  # bytes; YAML of this size takes about two seconds to read
 def _key(default: Any, doc: str, **bounds: Any) -> Any:
     """A dataclass field with its documentation and bounds.
 
-    Bounds are at_least, above, at_most, below, nonzero, length, choices, several (of these, as a list), kind.
+    Bounds are at_least, above, at_most, below, nonzero, length and choices; a list's hold for its items.
     """
     metadata = {"doc": doc, **bounds}
     if isinstance(default, list | dict):
@@ -58,13 +64,12 @@ def _key(default: Any, doc: str, **bounds: Any) -> Any:
 class DataConfig:
     """Text and how it becomes rows of tokens."""
 
-    filenames: Any = _key(
-        MISSING,
+    filenames: str | list[str] = _key(
+        dataclasses.MISSING,
         "file or list of files, globs with `**` allowed: one document a file, or `*.jsonl` with `text` or "
         "`prompt`/`response`; `builtin:installed-readmes` needs no file",
-        kind="strings",
     )
-    max_length: int = _key(MISSING, "tokens in a row", at_least=2)
+    max_length: int = _key(dataclasses.MISSING, "tokens in a row", at_least=2)
     random_state: int = _key(42, "seed of split, order, adapters and dropout", at_least=0, below=2**63)
     split_state: int | None = _key(
         None,
@@ -84,7 +89,7 @@ class TransformerConfig:
     """The base model; the optional keys go to `from_pretrained` as they are."""
 
     pretrained_model_name_or_path: str = _key(
-        MISSING, "hub name or folder of a BLOOM model; `builtin:tiny` needs no network"
+        dataclasses.MISSING, "hub name or folder of a BLOOM model; `builtin:tiny` needs no network"
     )
     revision: str | None = _key(None, "branch, tag or commit on the hub")
     subfolder: str | None = _key(None, "folder inside the repository")
@@ -103,11 +108,10 @@ class LoraConfig:
         "query_key_value", "name of the linear layers that get an adapter", choices=TARGETS
     )
     lora_dropout: float = _key(0.0, "dropout on the adapter's input", at_least=0, below=1)
-    parts: Any = _key(
+    parts: str | list[str] | None = _key(
         None,
         "adapt only these rows of query_key_value, e.g. `[q, v]`; default all",
         choices=("q", "k", "v"),
-        several=True,
     )
 
 
@@ -115,7 +119,7 @@ class LoraConfig:
 class ModelConfig:
     """Base and adapters."""
 
-    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    transformer: TransformerConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -123,20 +127,20 @@ class ModelConfig:
 class OptimizerConfig:
     """AdamW."""
 
-    lr: float = _key(MISSING, "peak learning rate", above=0)
+    lr: float = _key(dataclasses.MISSING, "peak learning rate", above=0)
     betas: list[float] = _key([0.9, 0.999], "decay rates of the two moments", at_least=0, below=1, length=2)
     eps: float = _key(1e-6, "added to the denominator", above=0)
     weight_decay: float = _key(0.1, "decoupled; on matrices only", at_least=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SchedulerConfig:
     """Any schedule of transformers' `get_scheduler`."""
 
     name: str = _key("linear", "schedule; the last two follow the held-out loss", choices=SCHEDULES)
     num_warmup_steps: int = _key(0, "optimizer steps", at_least=0)
-    num_training_steps: int = _key(MISSING, "optimizer steps of the run", at_least=1)
-    scheduler_specific_kwargs: dict[str, Any] = _key(
+    num_training_steps: int = _key(dataclasses.MISSING, "optimizer steps of the run", at_least=1)
+    scheduler_specific_kwargs: dict[str, bool | int | float | str | None] = _key(
         {}, "what a schedule takes beside these, e.g. `{num_cycles: 2}`"
     )
 
@@ -145,18 +149,18 @@ class SchedulerConfig:
 class OptimConfig:
     """Optimizer and schedule."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
 
 
 @dataclass
 class TrainConfig:
     """The loop."""
 
-    batch_size: int = _key(MISSING, "rows in a micro-batch, per process", at_least=1)
+    batch_size: int = _key(dataclasses.MISSING, "rows in a micro-batch, per process", at_least=1)
     accumulate_grad_batches: int = _key(1, "micro-batches in an optimizer step", at_least=1)
     gradient_clip_val: float = _key(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0)
-    gradient_checkpointing: Any = _key(
+    gradient_checkpointing: bool | str = _key(
         False,
         "recompute the blocks in the backward pass; `selective` keeps projections and attention",
         choices=(True, False, "selective"),
@@ -190,10 +194,10 @@ class TrainConfig:
 class Config:
     """The whole configuration of a run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    train: TrainConfig
 
 
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
@@ -208,8 +212,8 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Confi
         config = _resolve(path, overrides)
     except RecursionError as error:
         raise UserError(f"{path} or the command line: nested too deeply") from error
-    config.train.output_dir = str(Path(config.train.output_dir or Path("runs") / path.stem).expanduser())
-    config.data.cache_dir = str(Path(config.data.cache_dir or default_cache_dir()).expanduser())
+    config.train.output_dir = os.path.expanduser(config.train.output_dir or Path("runs") / path.stem)
+    config.data.cache_dir = os.path.expanduser(config.data.cache_dir or default_cache_dir())
     if token := config.model.transformer.token:
         for words in (sys.argv, sys.orig_argv):
             words[:] = [word.replace(token, "hidden") for word in words]
@@ -226,26 +230,31 @@ def _resolve(path: Path, overrides: Sequence[str]) -> Config:
         raise UserError(f"{path}: cannot read the configuration: {reason}") from error
     if len(content) > LARGEST_FILE:
         raise UserError(f"{path}: no configuration is larger than {LARGEST_FILE} bytes")
-    origin = Origin(path, text)
-    if (layer := parse_yaml(text, origin)) is None:
-        raise UserError(f"{path}: expected the nodes {', '.join(_names(Config))} with keys below them")
-    merged = _merge(OmegaConf.structured(Config), layer, origin)
-    for override in overrides:
-        name, _, value = override.partition("=")
-        if not name or not value:
-            raise UserError(f"command line: '{override}' is not of the form key=value")
-        try:
-            layer = OmegaConf.from_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            raise UserError(f"command line: '{override}' cannot be read: {first_line(error)}") from error
-        origin.overridden.update(all_keys(layer))
-        merged = _merge(merged, layer, origin)
+    origin = Origin(path)
     try:
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise UserError(f"{path}: {missing[0]} is missing: {_describe(missing[0])}")
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{origin(error.full_key or '')}: {first_line(error)}") from error
+        written = read_yaml(text, origin.note_line)
+    except InvalidYAMLError as error:
+        line = f":{error.line}" if error.line else ""
+        raise UserError(f"{path}{line}: not valid YAML: {error}") from error
+    if not isinstance(written, dict):
+        raise UserError(f"{path}: expected the nodes {', '.join(_names(Config))} with keys below them")
+    values = _typed(written, Config, "", origin)
+    for override in overrides:
+        name, _, word = override.partition("=")
+        if not name or not word:
+            raise UserError(f"command line: {override!r:.200} is not of the form key=value")
+        try:
+            written = read_word(word, _type_of(name))
+        except InvalidYAMLError as error:
+            raise UserError(f"command line: {override!r:.200} cannot be read: {error}") from error
+        for part in reversed(name.split(".")):
+            written = {part: written}
+        for key in _all_keys(written):
+            origin.note_override(key)
+        _update(values, _typed(written, Config, "", origin))
+    if missing := sorted(_missing(values, Config)):
+        raise UserError(f"{path}: {missing[0]} is missing: {_describe(missing[0])}")
+    config = _made(values, Config)
     for key, spec, value in _leaves(config):
         if not _is_allowed(spec, value):
             raise UserError(f"{origin(key)}: {_allowed(key, value)}")
@@ -253,13 +262,68 @@ def _resolve(path: Path, overrides: Sequence[str]) -> Config:
     return config
 
 
-def _merge(merged: DictConfig, layer: DictConfig, origin: Origin) -> DictConfig:
-    _check_names(layer, Config, "", origin)
-    try:
-        return OmegaConf.merge(merged, layer)
-    except (OmegaConfBaseException, ValueError) as error:
-        key = getattr(error, "full_key", None) or ""
-        raise UserError(f"{origin(key)}: {_allowed(key, _raw(layer, key))}") from error
+def _typed(written: dict[str, Any], node: type, prefix: str, origin: Origin) -> dict[str, Any]:
+    """What was written below a node, every value in the type of its key; `UserError` where that fails."""
+    names = _names(node)
+    values = {}
+    for name, value in written.items():
+        key = f"{prefix}{name}"
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            elsewhere = [known for known in _known_keys() if known.rsplit(".", 1)[-1] == name]
+            guess = f"{prefix}{close[0]}" if close else (elsewhere[0] if elsewhere else "")
+            hint = f"; did you mean {guess}?" if guess else ""
+            raise UserError(f"{origin(key)}: unknown key{hint} (allowed here: {', '.join(names)})")
+        kind = names[name].type
+        if not dataclasses.is_dataclass(kind):
+            try:
+                values[name] = to_type(value, kind, key)
+            except WrongTypeError as error:
+                raise UserError(f"{origin(error.key)}: {_allowed(error.key, error.value)}") from error
+        elif isinstance(value, dict):
+            values[name] = _typed(value, kind, f"{key}.", origin)
+        else:
+            raise UserError(f"{origin(key)}: expected the keys {', '.join(_names(kind))} below it")
+    return values
+
+
+def _type_of(key: str) -> Any:
+    """The declared type of a key, of a node, or of the values of a mapping; None where there is none."""
+    kind: Any = Config
+    for name in key.split("."):
+        if dataclasses.is_dataclass(kind):
+            spec = _names(kind).get(name)
+            kind = spec and spec.type
+        else:
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    return kind
+
+
+def _all_keys(written: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in written.items() if isinstance(written, dict) else ():
+        yield f"{prefix}{name}"
+        yield from _all_keys(value, f"{prefix}{name}.")
+
+
+def _update(values: dict[str, Any], later: dict[str, Any]) -> None:
+    for name, value in later.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            _update(values[name], value)
+        else:
+            values[name] = value
+
+
+def _missing(values: dict[str, Any], node: type, prefix: str = "") -> Iterator[str]:
+    for name, spec in _names(node).items():
+        if dataclasses.is_dataclass(spec.type):
+            yield from _missing(values.get(name, {}), spec.type, f"{prefix}{name}.")
+        elif name not in values and spec.default is spec.default_factory is dataclasses.MISSING:
+            yield f"{prefix}{name}"
+
+
+def _made(values: dict[str, Any], node: type) -> Any:
+    nodes = {name: spec.type for name, spec in _names(node).items() if dataclasses.is_dataclass(spec.type)}
+    return node(**values | {name: _made(values.get(name, {}), kind) for name, kind in nodes.items()})
 
 
 def default_cache_dir() -> Path:
@@ -267,11 +331,16 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bloomft"
 
 
+def plain_values(config: Config) -> dict[str, Any]:
+    """The resolved configuration as nested dictionaries, without the hub's access token."""
+    values = dataclasses.asdict(config)
+    values["model"]["transformer"]["token"] = None
+    return values
+
+
 def config_to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, without the hub's access token."""
-    plain = dataclasses.asdict(config)
-    plain["model"]["transformer"]["token"] = None
-    return OmegaConf.to_yaml(OmegaConf.create(plain))
+    """`plain_values` as YAML that `load_config` takes back."""
+    return to_yaml(plain_values(config))
 
 
 def filename_patterns(config: DataConfig) -> list[str]:
@@ -282,10 +351,11 @@ def filename_patterns(config: DataConfig) -> list[str]:
 def reference_table() -> str:
     """The configuration reference as a Markdown table, one row a key."""
     rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
-    for key, spec, _ in _leaves(Config()):
-        default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
-        shown = "required" if default == MISSING else f"`{_yaml_scalar(default)}`"
-        rows.append(f"| `{key}` | {shown} | {_bounds_text(spec)} | {spec.metadata['doc']} |")
+    for key in _known_keys():
+        spec = _spec(key)
+        default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        text = "required" if default is dataclasses.MISSING else f"`{shown(default)}`"
+        rows.append(f"| `{key}` | {text} | {_bounds_text(spec)} | {spec.metadata['doc']} |")
     return "\n".join(rows)
 
 
@@ -301,43 +371,10 @@ def _known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _check_names(values: Any, node: type, prefix: str, origin: Origin) -> None:
-    names = _names(node)
-    for name in values:
-        key = f"{prefix}{name}"
-        if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
-            elsewhere = [known for known in _known_keys() if known.rsplit(".", 1)[-1] == name]
-            guess = f"{prefix}{close[0]}" if close else (elsewhere[0] if elsewhere else "")
-            hint = f"; did you mean {guess}?" if guess else ""
-            raise UserError(f"{origin(key)}: unknown key{hint} (allowed here: {', '.join(names)})")
-        kind = names[name].type
-        other = {list: DictConfig, dict: ListConfig}.get(typing.get_origin(kind))
-        if other and isinstance(values._get_node(name), other):
-            raise UserError(f"{origin(key)}: {_allowed(key, _raw(values, str(name)))}")
-        if dataclasses.is_dataclass(kind):
-            child = values._get_node(name)
-            if not isinstance(child, DictConfig) or child._is_none():
-                raise UserError(f"{origin(key)}: expected the keys {', '.join(_names(kind))} below it")
-            _check_names(child, kind, f"{key}.", origin)
-
-
-def _raw(layer: DictConfig, key: str) -> Any:
-    try:
-        return OmegaConf.select(layer, key)
-    except OmegaConfBaseException:
-        return None
-
-
-def _spec(key: str) -> dataclasses.Field | None:
+def _spec(key: str) -> dataclasses.Field:
     node: Any = Config
-    spec = None
-    for name in re.sub(r"\[\d+\]", "", key).split("."):
-        if not dataclasses.is_dataclass(node):
-            return spec  # a key inside a value
-        spec = _names(node).get(name)
-        if spec is None:
-            return None
+    for name in re.sub(r"\[\d+\]$", "", key).split("."):
+        spec = _names(node)[name]
         node = spec.type
     return spec
 
@@ -353,20 +390,14 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 def _is_allowed(spec: dataclasses.Field, value: Any) -> bool:
     rules = spec.metadata
-    if isinstance(value, dict) and typing.get_origin(spec.type) is not dict:
-        return False
     items = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
-    if not all(_is_plain(item) for item in items):
+    if not all(_is_plain(item) for item in items) or value == []:
         return False
-    if rules.get("kind") == "strings":
-        return bool(items) and all(isinstance(item, str) for item in items)
     if value is None:
         return True  # what a key without a default may not be, its type has refused before
     if "choices" in rules:
-        if isinstance(value, list) and not (rules.get("several") and len(set(items)) == len(items)):
-            return False
         known = [(type(choice), choice) for choice in rules["choices"]]
-        return bool(items) and all((type(item), item) in known for item in items)
+        return len(set(items)) == len(items) and all((type(item), item) in known for item in items)
     if "length" in rules and len(items) != rules["length"]:
         return False
     for number in items:
@@ -397,17 +428,19 @@ def _is_plain(value: Any) -> bool:
 
 def _bounds_text(spec: dataclasses.Field) -> str:
     rules = spec.metadata
-    if rules.get("kind") == "strings":
-        return "text or a list of texts"
     if "choices" in rules:
-        return ", ".join(_yaml_scalar(choice) for choice in rules["choices"])
-    kind = spec.type
-    if len(options := [t for t in typing.get_args(kind) if t is not type(None)]) == 1:
-        kind = options[0] if typing.get_origin(kind) is not list else kind
-    plain = {int: "integer", float: "number", bool: "true or false", str: "text"}
-    text = plain.get(kind, "a mapping of names to numbers or texts")
-    if typing.get_origin(kind) is list:
-        text = f"{rules.get('length', 'some')} numbers"
+        return ", ".join(shown(choice) for choice in rules["choices"])
+    words = {
+        int: "integer",
+        float: "number",
+        bool: "true or false",
+        str: "text",
+        list[str]: "a list of texts",
+        list[float]: f"{rules.get('length', 'some')} numbers",
+    }
+    options = typing.get_args(spec.type) if isinstance(spec.type, types.UnionType) else (spec.type,)
+    options = [option for option in options if option is not types.NoneType]
+    text = " or ".join(words.get(option, "a mapping of names to numbers or texts") for option in options)
     words = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
     limits = [f"{sign} {_power(rules[name])}" for name, sign in words.items() if name in rules]
     limits += ["≠ 0"] if "nonzero" in rules else []
@@ -425,32 +458,17 @@ def _describe(key: str) -> str:
 
 def _allowed(key: str, value: Any) -> str:
     spec = _spec(key)
-    if spec is None or "doc" not in spec.metadata:
-        return "a value of the wrong kind stands here"
-    close = ""
-    if "choices" in spec.metadata and isinstance(value, str):
-        names = [choice for choice in spec.metadata["choices"] if isinstance(choice, str)]
-        match = difflib.get_close_matches(value, names, n=1)
-        close = f"; did you mean {match[0]}?" if match else ""
-    return f"{_yaml_scalar(value)} is not allowed; allowed: {_bounds_text(spec)}{close}"
-
-
-def _yaml_scalar(value: Any) -> str:
-    if isinstance(value, float):
-        return repr(value)
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "a number of more than 64 bits"
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value)
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    names = [choice for choice in spec.metadata.get("choices", ()) if isinstance(choice, str)]
+    match = difflib.get_close_matches(shown(value), names, n=1)
+    close = f"; did you mean {match[0]}?" if match else ""
+    return f"{shown(value)} is not allowed; allowed: {_bounds_text(spec)}{close}"
 
 
 def _check_together(config: Config, origin: Origin) -> None:
     lora, schedule = config.model.lora, config.optim.scheduler
     if lora.parts is not None and lora.attention_layer_name != "query_key_value":
         raise UserError(
-            f"{origin('model.lora.parts')}: {_yaml_scalar(lora.parts)} are rows of query_key_value; "
+            f"{origin('model.lora.parts')}: {shown(lora.parts)} are rows of query_key_value; "
             f"{lora.attention_layer_name} has no such parts"
         )
     if config.train.output_dir and Path(config.train.output_dir).resolve() == Path("/"):

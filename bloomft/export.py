@@ -24,7 +24,8 @@ from transformers import BloomForCausalLM
 
 from bloomft.adapters import save_peft_adapter
 from bloomft.arguments import parse_command
-from bloomft.checkpoint import TrainingState, check_base, find_checkpoint, load_checkpoint
+from bloomft.base_identity import EXPORT_MARK, base_identity, check_base
+from bloomft.checkpoint import TrainingState, find_checkpoint, load_checkpoint
 from bloomft.config import Config, LoraConfig
 from bloomft.data import IGNORE_INDEX
 from bloomft.early_checks import check_folder, check_memory
@@ -34,8 +35,6 @@ from bloomft.model import Base, load_base, patch_base, quiet_transformers
 from bloomft.patch import fuse_bloom, load_adapter_state, unfuse_bloom, unpatch_bloom
 from bloomft.runtime import pick_device, setup_process
 from bloomft.train import evaluate, load_data
-
-MARK = "bloomft_export.json"
 
 
 @dataclass
@@ -63,7 +62,7 @@ def restore(config: Config, state: TrainingState, path: Path, base: Base):
     The adapters' shape comes from the checkpoint, whatever ``config`` says of it by now. Raises `UserError`
     if the base is not the one that the checkpoint was trained on.
     """
-    check_base(state, base.name, base.fingerprint, path)
+    check_base(state.base, config.model.transformer, base.fingerprint, path)
     try:
         config.model.lora = LoraConfig(**state.lora)
         model = patch_base(base, config.model, pick_device(config.train.device), base.dtype)
@@ -84,7 +83,8 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
     there is a `UserError`, and so are logits or losses that are not finite. Returns how far merging moved the
     model, None for an adapter.
     """
-    kept = (Path.cwd(), checkpoint, Path(config.model.transformer.pretrained_model_name_or_path).expanduser())
+    base_name = os.path.expanduser(config.model.transformer.pretrained_model_name_or_path)
+    kept = (Path.cwd(), checkpoint, Path(base_name))
     _check_output(output, kept)
     check_folder(output)
     pick_device(config.train.device)  # it is there, before a base is loaded
@@ -100,10 +100,11 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
             model.save_pretrained(scratch)
             base.tokenizer.save_pretrained(scratch)
         else:
-            save_peft_adapter(model, scratch, base.location)
-        about = {"checkpoint": checkpoint.name, "step": state.step, "format": kind, "base": state.base}
+            save_peft_adapter(model, scratch, base.location, config.model.transformer.revision)
+        about = {"checkpoint": checkpoint.name, "step": state.step, "format": kind}
+        about["base"] = base_identity(config.model.transformer, base.fingerprint)
         about["files"] = sorted(path.name for path in scratch.iterdir())
-        (scratch / MARK).write_text(json.dumps(about, indent=2) + "\n")
+        (scratch / EXPORT_MARK).write_text(json.dumps(about, indent=2) + "\n")
         _check_output(output, kept)  # loading took a while
     return shift
 
@@ -126,12 +127,12 @@ def _check_output(output: Path, kept: Iterable[Path]) -> None:
     if not names:
         return
     try:
-        listed = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"] if MARK in names else None
+        listed = json.loads((folder / EXPORT_MARK).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         listed = None
     if not isinstance(listed, list):
         raise UserError(f"{output}: exists and is no earlier export; choose another folder with --output")
-    if foreign := sorted(name for name in names - {MARK} if name not in listed):
+    if foreign := sorted(name for name in names - {EXPORT_MARK} if name not in listed):
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise UserError(
             f"{output}: {shown}: not written by the earlier export there; move it or choose --output"

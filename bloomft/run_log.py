@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bloomft.config import Config, config_to_yaml
+from bloomft.config import Config, config_to_yaml, plain_values
 from bloomft.errors import UserError
 from bloomft.files import AppendedFile, write_atomically
 from lorakernels import dispatch
@@ -142,6 +142,7 @@ _LABELS = {
     "grad_norm": "|grad| {:.3f}",
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "MFU {:.0%}",
+    "skipped_steps": "{} steps skipped",
 }
 
 
@@ -246,9 +247,7 @@ def _open_board(config: Config, folder: Path, step: int) -> _Board | None:
     try:
         if name == "tensorboard":
             return _TensorBoard(folder, step)
-        from omegaconf import OmegaConf
-
-        return _Wandb(folder, OmegaConf.to_container(OmegaConf.create(config_to_yaml(config))))
+        return _Wandb(folder, plain_values(config))
     except ImportError as error:
         where = f"pip install 'bloomft[{name}]'"
         raise UserError(

@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import Tensor
 from transformers import BloomForCausalLM, get_scheduler
 
-from bloomft.checkpoint import TrainingState, check_base, restore_rng_states, rng_states
-from bloomft.config import Config, config_to_yaml
+from bloomft.base_identity import base_identity, check_base
+from bloomft.checkpoint import TrainingState, restore_rng_states, rng_states
+from bloomft.config import (
+    METRIC_SCHEDULES,
+    Config,
+    OptimConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    config_to_yaml,
+)
 from bloomft.errors import UserError
 from bloomft.model import Base
 from bloomft.patch import adapter_state, load_adapter_state
@@ -30,7 +38,8 @@ class RunState:
         fp16: whether gradients are scaled.
 
     Attributes:
-        step: optimizer steps done. position: rows consumed.
+        step: optimizer steps done or, with fp16, left out by the scaler, which ``skipped`` counts.
+        position: rows consumed.
         window_loss: float64 scalar on the device, loss times labels since the last line of metrics.jsonl,
             whose labels are counted in window_labels.
         base_eval_loss: held-out loss before the first step, None while it is not known.
@@ -42,7 +51,7 @@ class RunState:
         self.optimizer = make_optimizer(model, config)
         self.scheduler = make_scheduler(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
-        self.step = self.position = self.window_labels = 0
+        self.step = self.skipped = self.position = self.window_labels = 0
         self.window_loss = torch.zeros((), dtype=torch.float64, device=model.device)
         self.base_eval_loss: float | None = None
 
@@ -60,7 +69,7 @@ class RunState:
             base_eval_loss=self.base_eval_loss,
             config=config_to_yaml(self.config),
             lora=dataclasses.asdict(self.config.model.lora),
-            base={"name": self.base.name, "fingerprint": self.base.fingerprint},
+            base=base_identity(self.config.model.transformer, self.base.fingerprint),
             data=self.data,
         )
 
@@ -69,18 +78,40 @@ class RunState:
 
         Raises `UserError` where it belongs to another run or does not fit this one.
         """
-        self._check_same_run(state, path)
+        try:
+            then = _optim_config(state.config)
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{path}: does not fit this run: its configuration lacks {error}") from error
+        self._check_same_run(state, then, path)
         try:
             self._check_fit(state)
             load_adapter_state(self.model, state.adapters)
             self._restore_optimizer(state)
+            self._restore_schedule(state, dataclasses.replace(self.config, optim=then))
             restore_rng_states(state.rng)
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: does not fit this run: {error}") from error
         self.step, self.position = state.step, state.position
+        self.skipped = self.step - self._steps_done()
         self.base_eval_loss = state.base_eval_loss
         self.window_loss += state.window["loss"]
         self.window_labels = state.window["labels"]
+
+    def advance(self, rows: int) -> None:
+        """Count the optimizer step that was just taken, of ``rows`` rows, and move a schedule of steps on.
+
+        A step that fp16's scaler left out, which takes waiting for the device to know, leaves the schedule.
+        """
+        self.step, self.position = self.step + 1, self.position + rows
+        skipped = self.step - self._steps_done() if self.scaler.is_enabled() else self.skipped
+        if skipped == self.skipped and self.config.optim.scheduler.name not in METRIC_SCHEDULES:
+            self.scheduler.step()
+        self.skipped = skipped
+
+    def _steps_done(self) -> int:
+        """What the optimizer counts: the steps that changed the adapters."""
+        moments = self.optimizer.state.get(self.parameters[0])
+        return int(moments["step"]) if moments else 0
 
     def non_finite(self, grad_norm: Tensor) -> list[str]:
         """What of loss, gradients, adapters and optimizer state is not finite, by name; waits for the device.
@@ -101,9 +132,9 @@ class RunState:
         ]
         return [name for name, fine in zip(checked, torch.stack(finite).tolist(), strict=True) if not fine]
 
-    def _check_same_run(self, state: TrainingState, path: Path) -> None:
+    def _check_same_run(self, state: TrainingState, then: OptimConfig, path: Path) -> None:
         anew = "train.resume=never starts anew"
-        check_base(state, self.base.name, self.base.fingerprint, path)
+        check_base(state.base, self.config.model.transformer, self.base.fingerprint, path)
         if state.data != self.data:
             raise UserError(
                 f"{path}: its training rows differ from those of this configuration (files, max_length, "
@@ -116,7 +147,7 @@ class RunState:
                 f"{path}: model.lora.{changed[0]} is {theirs.get(changed[0])} there and {ours[changed[0]]} "
                 f"in this configuration; {anew}"
             )
-        was, name = OmegaConf.create(state.config).optim.scheduler.name, self.config.optim.scheduler.name
+        was, name = then.scheduler.name, self.config.optim.scheduler.name
         if was != name:
             raise UserError(
                 f"{path}: optim.scheduler.name is {was} there and {name} in this configuration; {anew}"
@@ -147,21 +178,44 @@ class RunState:
         _check_like(state.optimizer["state"], expected, "optimizer.state")
 
     def _restore_optimizer(self, state: TrainingState) -> None:
-        optimizer, scheduler = self.optimizer, self.scheduler
-        configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state.optimizer)
-        fresh = scheduler.state_dict()
-        scheduler.load_state_dict(state.scheduler)
-        for group, settings in zip(optimizer.param_groups, configured, strict=True):
-            group.update({k: v for k, v in settings.items() if k != "lr"})
-        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            scheduler.base_lrs = fresh["base_lrs"]
-            for group, lr, factor in zip(
-                optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = lr * factor(scheduler.last_epoch)
+        """Moments from the checkpoint, everything else but the learning rates from the configuration."""
+        groups = self.optimizer.param_groups
+        configured = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+        self.optimizer.load_state_dict(state.optimizer)
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(settings)
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)
+
+    def _restore_schedule(self, state: TrainingState, then: Config) -> None:
+        """The schedule's progress from the checkpoint, its settings from the configuration, and the rates.
+
+        ``then`` is the configuration with the checkpoint's ``optim``. What two fresh schedules, of then and
+        of now, differ in is a setting; what they agree on has only moved since.
+        """
+        scheduler, groups = self.scheduler, self.optimizer.param_groups
+        base, base_then = self.config.optim.optimizer.lr, then.optim.optimizer.lr
+        fresh = scheduler.state_dict()
+        fresh_then = make_scheduler(make_optimizer(self.model, then), then).state_dict()
+        kept = {key for key in fresh if key in state.scheduler and fresh_then.get(key) == fresh[key]}
+        scheduler.load_state_dict(fresh | {key: state.scheduler[key] for key in kept})
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            rates = [base * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        else:
+            # Where the schedule had taken the rate, in proportion, and within its bounds of now.
+            least = [min(bound, base) for bound in scheduler.min_lrs]
+            most = [max(bound, base) for bound in getattr(scheduler, "max_lrs", [base] * len(groups))]
+            moved = [group["lr"] * (base / base_then) for group in state.optimizer["param_groups"]]
+            rates = [min(max(lr, low), high) for lr, low, high in zip(moved, least, most, strict=True)]
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr
+        scheduler._last_lr = rates
+
+
+def _optim_config(config: str) -> OptimConfig:
+    """The node ``optim`` of a checkpoint's configuration."""
+    plain = yaml.safe_load(config)["optim"]
+    return OptimConfig(OptimizerConfig(**plain["optimizer"]), SchedulerConfig(**plain["scheduler"]))
 
 
 def make_optimizer(model: BloomForCausalLM, config: Config) -> torch.optim.AdamW:

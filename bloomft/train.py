@@ -166,10 +166,8 @@ def _loop(
         lr = optimizer.param_groups[0]["lr"]
         scaler.step(optimizer)
         scaler.update()
-        if not follows_metric:
-            run.scheduler.step()
+        run.advance(accumulate * batch_size)
         optimizer.zero_grad(set_to_none=True)
-        run.step, run.position = run.step + 1, run.position + accumulate * batch_size
         log.advance(run.step)
 
         every = config.train.eval_every_n_steps
@@ -187,6 +185,8 @@ def _loop(
                 "supervised_share": done.labels / done.tokens,
                 "peak_memory_gib": peak_memory(device) / 2**30,
             }
+            if scaler.is_enabled():
+                values["skipped_steps"] = run.skipped
             if evaluating:
                 values["eval_loss"] = eval_loss = held_out_loss()
                 if follows_metric:

@@ -1,13 +1,15 @@
 """Adapters of others: understood, or refused in one line that names the file."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from peft import EvaConfig, PeftModel, get_peft_model
 from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
+from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,11 +20,15 @@ from bloomft.patch import patch_bloom
 from tests.bloomft.test_patch import close, tokens
 
 
-def save_with_peft(base_folder, folder: Path, **options):
+def save_with_peft(base_folder, folder: Path, *, moved=False, **options):
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"], "task_type": "CAUSAL_LM"}
     lora = PeftConfig(**{**settings, "init_lora_weights": False, **options})
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), lora).eval()
+    if moved:
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
 
@@ -43,24 +49,159 @@ def test_peft_s_own_adapter_is_understood(base_folder, tmp_path):
     close(ours(tokens(2, 9)).logits, theirs(tokens(2, 9)).logits)
 
 
-OTHER_KINDS = {
-    "alpha_pattern": {"alpha_pattern": {"h.0.self_attention.query_key_value": 64}},
+QKV, ALL_QKV = "query_key_value", "transformer.h.{}.self_attention.query_key_value"
+# Every option of PEFT's that loads, by a name for the test.
+UNDERSTOOD = {
+    "init random": {"init_lora_weights": False},
+    "init gaussian": {"init_lora_weights": "gaussian"},
+    "init orthogonal": {"init_lora_weights": "orthogonal"},
+    "init eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.5)},
+    "eva's ranks": {"init_lora_weights": "eva", "rank_pattern": {ALL_QKV.format(0): 3, ALL_QKV.format(1): 5}},
+    "rslora": {"use_rslora": True},
     "rank_pattern": {"rank_pattern": {"h.0.self_attention.query_key_value": 2}},
-    "use_rslora": {"use_rslora": True},
-    "use_dora": {"use_dora": True},
-    "bias": {"bias": "lora_only"},
-    "modules_to_save": {"modules_to_save": ["ln_f"]},
-    "layers_to_transform": {"layers_to_transform": [1]},
-    "lora_bias": {"lora_bias": True},
-    "exclude_modules": {"exclude_modules": "x"},
+    "rank_pattern, larger": {"rank_pattern": {QKV: 7}},
+    "rank_pattern, a regular expression": {"rank_pattern": {r".*\.1\..*query_key_value": 2}},
+    "alpha_pattern": {"alpha_pattern": {"h.1.self_attention.query_key_value": 64, QKV: 3}},
+    "patterns and rslora": {
+        "rank_pattern": {"h.1.self.*": 6},
+        "alpha_pattern": {"h.1.*": 5},
+        "use_rslora": True,
+    },
+    "layers_to_transform, a list": {"layers_to_transform": [1]},
+    "layers_to_transform, a number": {"layers_to_transform": 0},
+    "layers_to_transform, all": {"layers_to_transform": [0, 1]},
+    "exclude_modules, names": {"exclude_modules": ["h.0.self_attention.query_key_value"]},
+    "exclude_modules, a regular expression": {"exclude_modules": r".*h\.1\..*"},
+    "exclude_modules, none": {"exclude_modules": "x"},
+    "a regular expression": {"target_modules": r".*\.self_attention\.query_key_value"},
+    "a regular expression of one block": {"target_modules": r"transformer\.h\.1\..*_value"},
+    "a dotted name": {"target_modules": ["self_attention.query_key_value"]},
+    "dotted names of blocks": {"target_modules": [ALL_QKV.format(0), "h.1.self_attention.query_key_value"]},
+    "a full name beside layers_to_transform": {
+        "target_modules": [ALL_QKV.format(0), QKV],
+        "layers_to_transform": [1],
+    },
+    "dense": {"target_modules": ["dense"]},
+    "dense_h_to_4h": {"target_modules": r".*mlp\.dense_h_to_4h"},
+    "dense_4h_to_h": {"target_modules": ["mlp.dense_4h_to_h"]},
+    "dropout": {"lora_dropout": 0.3},
+    "fractional alpha": {"lora_alpha": 2.5},
+    "no task": {"task_type": None},
+}
+# Every option of PEFT's that is refused, with the key that the message names.
+REFUSED = {
+    "pissa": ("init_lora_weights", {"init_lora_weights": "pissa"}),
+    "pissa by iterations": ("init_lora_weights", {"init_lora_weights": "pissa_niter_4"}),
+    "olora": ("init_lora_weights", {"init_lora_weights": "olora"}),
+    "mica": ("init_lora_weights", {"init_lora_weights": "mica"}),
+    "dora": ("use_dora", {"use_dora": True}),
+    "bias of the lora layers": ("bias", {"bias": "lora_only"}),
+    "all biases": ("bias", {"bias": "all"}),
+    "lora_bias": ("lora_bias", {"lora_bias": True}),
+    "modules_to_save": ("modules_to_save", {"modules_to_save": ["ln_f"]}),
+    "layers_pattern": ("layers_pattern", {"layers_to_transform": [1], "layers_pattern": "h"}),
+    "trainable_token_indices": ("trainable_token_indices", {"trainable_token_indices": [1, 2]}),
+    "alora": ("alora_invocation_tokens", {"alora_invocation_tokens": [5, 6]}),
+    "qalora": ("use_qalora", {"use_qalora": True}),
+    "two kinds of layers": ("target_modules", {"target_modules": ["dense", QKV]}),
+    "all-linear": ("target_modules", {"target_modules": "all-linear"}),
+    "the embedding": ("target_modules", {"target_modules": ["word_embeddings"]}),
+    "the head": ("target_modules", {"target_modules": ["lm_head"]}),
+    "target_parameters": (
+        "target_parameters",
+        {"target_modules": [QKV], "target_parameters": ["mlp.dense_h_to_4h.weight"]},
+    ),
+    "bdlora": (
+        "use_bdlora",
+        {"use_bdlora": BdLoraConfig(target_modules_bd_b=[QKV], nblocks=2)},
+    ),
+}
+# What needs packages or data that are not here, or acts on other models: as it stands in a configuration.
+WRITTEN = {
+    "init_lora_weights": ["loftq", "corda", "lora_ga", "Gaussian", 1, 0, "", [], "of the future"],
+    "layer_replication": [[[0, 2], [1, 2]], []],
+    "corda_config": [{"cov_mode": "x"}, {}],
+    "lora_ga_config": [{"a": 1}],
+    "loftq_config": [{"loftq_bits": 4}],
+    "kasa_config": [{"a": 1}],
+    "arrow_config": [{"top_k": 3}],
+    "velora_config": [{"num_groups": 2}],
+    "monteclora_config": [{"a": 1}],
+    "megatron_config": [{"a": 1}],
+    "fan_in_fan_out": [True],
+    "ensure_weight_tying": [True],
+    "alora_invocation_tokens": [[]],
+    "trainable_token_indices": [[], {"word_embeddings": [1]}, 0],
+    "layers_pattern": ["", "h"],
+    "layers_to_transform": ["1", [True], {"a": 1}],
+    "exclude_modules": [3, [3], "("],
+    "use_rslora": [1, "true"],
+    "rank_pattern": [[], {"(": 2}, {QKV: 0}, {QKV: True}, {QKV: 2.0}, 3],
+    "alpha_pattern": [{QKV: 0}, {QKV: "8"}, {QKV: math.nan}],
+    "bias": ["", "x"],
+    "task_type": ["SEQ_CLS"],
+    "a_key_of_the_future": [0, "", [], {}, True, 1.5],
 }
 
 
-@pytest.mark.parametrize("name", OTHER_KINDS)
-def test_other_kinds_of_adapters_are_refused_by_name(base_folder, tmp_path, name):
-    save_with_peft(base_folder, tmp_path, **{"init_lora_weights": True, **OTHER_KINDS[name]})
-    with pytest.raises(UserError, match=rf"adapter_config.json: {name} is .*; only plain LoRA"):
-        load_peft_config(tmp_path)
+@pytest.mark.parametrize("name", UNDERSTOOD)
+@pytest.mark.filterwarnings("ignore")
+def test_logits_are_those_of_peft_s_merged_model(settings, config_path, base_folder, tmp_path, name):
+    save_with_peft(base_folder, tmp_path, **{"init_lora_weights": True, **UNDERSTOOD[name]}, moved=True)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    plain = base.eval()(tokens(2, 9)).logits
+    theirs = PeftModel.from_pretrained(base, tmp_path).merge_and_unload().eval()
+    ours, _ = load_for_generation(str(config_path(settings)), str(tmp_path))
+    expected = theirs(tokens(2, 9)).logits
+    assert (expected - plain).abs().max() > 0.1, "the adapter does nothing"
+    close(ours(tokens(2, 9)).logits, expected)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_other_kinds_of_adapters_are_refused_by_name(settings, config_path, base_folder, tmp_path, name):
+    key, options = REFUSED[name]
+    save_with_peft(base_folder, tmp_path, **{"init_lora_weights": True, **options})
+    with pytest.raises(UserError, match=rf"adapter_config.json: {key} is ") as caught:
+        load_for_generation(str(config_path(settings)), str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_option_of_peft_s_is_tried():
+    ours = {
+        "peft_version",
+        "peft_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    }
+    ours |= {"r", "lora_alpha", "runtime_config", "megatron_core", "qalora_group_size"}
+    tried = set(WRITTEN) | {key for options in UNDERSTOOD.values() for key in options}
+    tried |= {key for _, options in REFUSED.values() for key in options}
+    assert {field.name for field in dataclasses.fields(PeftConfig)} - ours <= tried
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key in WRITTEN for value in WRITTEN[key]])
+def test_values_that_are_not_understood(settings, config_path, adapter, key, value):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=rf"adapter_config.json: {key} is ") as caught:
+        load_for_generation(str(config_path(settings)), str(adapter))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_without_weights_is_refused(settings, config_path, adapter):
+    path = adapter / "adapter_config.json"
+    for targets in (["dense", QKV], ".*", r".*\.(dense|query_key_value)"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
+        with pytest.raises(UserError, match=r"target_modules is .*, which .*dense.* matches"):
+            load_for_generation(str(config_path(settings)), str(adapter))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"target_modules": r".*h\.0\..*query_key_value"})
+    )
+    with pytest.raises(UserError, match=r"the model has no layer for .*h\.1\."):
+        load_for_generation(str(config_path(settings)), str(adapter))
 
 
 VALUES = {
@@ -107,5 +248,5 @@ def test_values_that_are_not_finite(settings, config_path, adapter, value):
     name = max(tensors)
     tensors[name][1, 1] = value
     save_file(tensors, path)
-    with pytest.raises(UserError, match=rf"{name} has values that are no finite numbers"):
+    with pytest.raises(UserError, match=rf"{name} has values that are not finite numbers"):
         load_for_generation(str(config_path(settings)), str(adapter))

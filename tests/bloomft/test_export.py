@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM
 
 from bloomft import export as export_module
-from bloomft.adapters import load_peft_adapter, load_peft_config
+from bloomft.adapters import adapted_layers, load_peft_adapter, load_peft_config
 from bloomft.checkpoint import load_checkpoint
 from bloomft.config import LoraConfig, load_config
 from bloomft.errors import UserError
@@ -147,9 +147,13 @@ def test_our_own_reader_of_peft_s_format(trained, tmp_path):
     load_peft_adapter(model, run_dir / "adapter")
     state = load_checkpoint(run_dir / "last.ckpt").adapters
     assert all(torch.equal(value, state[name]) for name, value in adapter_state(model).items())
-    other = patch_bloom(load_base(load_config(path).model.transformer).model, r=8)
-    with pytest.raises(UserError, match=r"lora_A.weight is of shape \(4, 48\); expected \(8, 48\)"):
-        load_peft_adapter(other, run_dir / "adapter")
+    narrow = patch_bloom(load_base(load_config(path).model.transformer).model, r=2)
+    with pytest.raises(UserError, match=r"lora_A.weight is of shape \(4, 48\); expected \(2, 48\)"):
+        load_peft_adapter(narrow, run_dir / "adapter")
+    wide = patch_bloom(load_base(load_config(path).model.transformer).model, r=8, scale=3.0)
+    load_peft_adapter(wide, run_dir / "adapter")
+    for ours, theirs in zip(adapted_layers(wide).values(), adapted_layers(model).values(), strict=True):
+        torch.testing.assert_close(ours.delta_weight(), theirs.delta_weight(), rtol=1e-5, atol=1e-7)
     about = run_dir / "adapter" / "adapter_config.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "use_dora": True}))
     with pytest.raises(UserError, match="only plain LoRA"):

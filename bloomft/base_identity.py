@@ -1,0 +1,92 @@
+"""Which base something was trained on: written beside it, and checked before the two are put together."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from bloomft.config import TransformerConfig
+from bloomft.errors import UserError
+
+EXPORT_MARK = "bloomft_export.json"
+_NAMES = ("name", "revision", "subfolder")
+
+
+def base_identity(transformer: TransformerConfig, fingerprint: str) -> dict[str, str | None]:
+    """What checkpoints and exports remember of their base: name, revision, subfolder and fingerprint."""
+    names = (transformer.pretrained_model_name_or_path, transformer.revision, transformer.subfolder)
+    return dict(zip(_NAMES, names, strict=True)) | {"fingerprint": fingerprint}
+
+
+def check_base(
+    known: Mapping[str, str | None], transformer: TransformerConfig, fingerprint: str, path: Path
+) -> None:
+    """Raise `UserError` unless the base of ``known``, which ``path`` holds, is this one, by its fingerprint.
+
+    Names alone neither pass nor fail: a folder moves, and a branch of the hub gets other weights.
+    """
+    if len(known["fingerprint"]) != len(fingerprint):
+        raise UserError(
+            f"{path}: knows its base by a sample of the weights only, as earlier versions did; "
+            "train.resume=never starts anew"
+        )
+    if known["fingerprint"] != fingerprint:
+        here = base_identity(transformer, fingerprint)
+        raise UserError(
+            f"{path}: trained on the base model {_describe(known)}, but {_describe(here)} is another one"
+        )
+
+
+def check_adapter_base(folder: Path, transformer: TransformerConfig, fingerprint: str) -> str | None:
+    """As `check_base` for a folder with an adapter; returns a line to print where the base is not known.
+
+    That is so for adapters that other programs have written.
+    """
+    if (known := _exported_base(folder)) is not None:
+        return check_base(known, transformer, fingerprint, folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        said = _describe({"name": config["base_model_name_or_path"], "revision": config.get("revision")})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        said = "a base it does not name"
+    name = transformer.pretrained_model_name_or_path
+    return f"{folder}: made for {said}, without a fingerprint: not checked that {name} has the same weights"
+
+
+def check_merged_base(folder: Path, transformer: TransformerConfig) -> None:
+    """Raise `UserError` if a folder that export wrote was merged into another base than the configuration's.
+
+    By name, revision and subfolder: the weights of the base are not at hand, only the merged ones.
+    """
+    known = _exported_base(folder)
+    here = base_identity(transformer, "")
+    if known is not None and any(_expanded(known.get(key)) != _expanded(here[key]) for key in _NAMES):
+        raise UserError(
+            f"{folder}: merged into the base model {_describe(known)}, the configuration names "
+            f"{_describe(here)}; give the folder alone to use it as it is"
+        )
+
+
+def _exported_base(folder: Path) -> Mapping[str, str | None] | None:
+    """The identity in the file that export leaves in ``folder``, None where there is no such file."""
+    path = folder / EXPORT_MARK
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))["base"]
+        if not all(isinstance(known[key], str) for key in ("name", "fingerprint")):
+            raise TypeError("name and fingerprint are not both texts")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    return known
+
+
+def _expanded(name: str | None) -> str | None:
+    folder = os.path.expanduser(name or "")
+    return os.path.realpath(folder) if os.path.isdir(folder) else name
+
+
+def _describe(identity: Mapping[str, str | None]) -> str:
+    more = [f"{key} {identity[key]}" for key in ("revision", "subfolder") if identity.get(key)]
+    more += [identity["fingerprint"][:8]] if identity.get("fingerprint") else []
+    return f"{identity['name']} ({', '.join(more)})" if more else f"{identity['name']}"
