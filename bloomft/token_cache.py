@@ -47,7 +47,7 @@ from bloomft.files import lock_file, sync_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The pieces of a batch are encoded in parallel; an encoding takes some hundred bytes a token: small sizes.
 PIECE_CHARACTERS = 1 << 13
 BATCH_CHARACTERS = 1 << 19
@@ -60,7 +60,7 @@ _META = "meta.json"
 
 @dataclass(frozen=True, eq=False)
 class TokenCache:
-    """Tokenized documents, each of them prompt tokens, text tokens, end of text.
+    """Tokenized documents, each of them prompt tokens, text tokens, one end of text.
 
     tokens: [num_tokens] uint16 or uint32, all documents one after another; offsets: [num_documents + 1]
     int64, where each begins and the last ends; prompt_lengths: [num_documents] int64, how many of a
@@ -230,9 +230,11 @@ def _remove_leftovers(cache_dir: Path) -> None:
 class _CacheWriter:
     """Streams documents into the files of a cache folder; what `write` has written leaves memory."""
 
-    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype, eos: int) -> None:
+        self._eos = eos
         self.num_tokens = self.num_documents = 0
         self._prompt_length = 0
+        self._held_back = 0
         self._dtypes = {"tokens": dtype, "offsets": np.dtype(np.int64), "prompt_lengths": np.dtype(np.int64)}
         self._pending: dict[str, list[int]] = {"tokens": [], "offsets": [0], "prompt_lengths": []}
         self._checksums = dict.fromkeys(self._dtypes, 0)
@@ -241,19 +243,34 @@ class _CacheWriter:
             name: self._stack.enter_context((folder / f"{name}.bin").open("wb")) for name in self._dtypes
         }
 
-    def add(self, ids: Sequence[int], *, prompt: bool) -> None:
-        """Append tokens to the document under way."""
-        self._pending["tokens"].extend(ids)
-        self.num_tokens += len(ids)
-        self._prompt_length += len(ids) if prompt else 0
+    def add_prompt(self, ids: Sequence[int]) -> None:
+        """Append prompt tokens to the document under way."""
+        self._add(ids)
+        self._prompt_length += len(ids)
 
-    def end_document(self, eos: int) -> None:
-        """Close the document under way with its end of text."""
-        self.add([eos], prompt=False)
+    def add_text(self, ids: Sequence[int]) -> None:
+        """Append text tokens to the document under way; ends of text wait for what follows them."""
+        kept = len(ids)
+        while kept and ids[kept - 1] == self._eos:
+            kept -= 1
+        if kept:
+            self._add([self._eos] * self._held_back)
+            self._add(ids[:kept])
+            self._held_back = 0
+        self._held_back += len(ids) - kept
+
+    def end_document(self) -> None:
+        """Close the document under way with one end of text, whether its own text ends with one or not."""
+        self._add([self._eos])
+        self._held_back = 0
         self._pending["offsets"].append(self.num_tokens)
         self._pending["prompt_lengths"].append(self._prompt_length)
         self._prompt_length = 0
         self.num_documents += 1
+
+    def _add(self, ids: Sequence[int]) -> None:
+        self._pending["tokens"].extend(ids)
+        self.num_tokens += len(ids)
 
     def write(self) -> None:
         """Move what was added to the files."""
@@ -294,9 +311,9 @@ def _write_cache(
     started = time.perf_counter()
     with (
         _progress_bar(total, len(files), progress) as advance,
-        contextlib.closing(_CacheWriter(folder, dtype)) as out,
+        contextlib.closing(_CacheWriter(folder, dtype, eos)) as out,
     ):
-        _tokenize(read_documents(files, report), backend, eos, out, advance)
+        _tokenize(read_documents(files, report), backend, out, advance)
         meta = out.finish()
     if not report.documents:
         raise UserError(f"data.filenames holds no text to train on: {report.describe()}; name other files")
@@ -315,7 +332,6 @@ def _write_cache(
 def _tokenize(
     documents: Iterable[Document],
     backend: Tokenizer,
-    eos: int,
     out: _CacheWriter,
     advance: Callable[[int], None],
 ) -> None:
@@ -326,9 +342,9 @@ def _tokenize(
     def flush() -> None:
         encodings = backend.encode_batch_fast([text for text, _, _ in batch], add_special_tokens=False)
         for (_, is_prompt, is_last), encoding in zip(batch, encodings, strict=True):
-            out.add(encoding.ids, prompt=is_prompt)
+            (out.add_prompt if is_prompt else out.add_text)(encoding.ids)
             if is_last:
-                out.end_document(eos)
+                out.end_document()
         out.write()
         advance(sum(len(text.encode()) for text, _, _ in batch))
         batch.clear()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bloomft import token_cache
@@ -487,3 +487,39 @@ def test_a_long_document_is_cut_and_comes_out_whole(texts, tokenizer, monkeypatc
     assert tokenizer.decode(cache.document(0)[0]) == text + "</s>"
     assert tokenizer.decode(tokens[:prompt_length]) == text
     assert tokenizer.decode(tokens[prompt_length:]) == text[:1000] + "</s>"
+
+
+def ends_added_by_a_post_processor(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A </s>", special_tokens=[("<pad>", 1), ("</s>", 0)]
+    )
+    assert tokenizer("x")["input_ids"][-1] == 0
+
+
+@pytest.mark.parametrize("prepare", [damage_nothing, ends_added_by_a_post_processor])
+@pytest.mark.parametrize("piece", [1 << 13])
+def test_a_document_ends_with_one_end_of_text(texts, tokenizer, monkeypatch, prepare, piece):
+    prepare(tokenizer)
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", piece)
+    monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 2 * piece)
+    parts = [
+        ("", "A boat."),
+        ("", "A boat.</s>"),
+        ("", "A boat." + "</s>" * 5),
+        ("", "A</s>boat</s></s>."),
+        ("", "A boat.</s>\n"),
+        ("", "</s>"),
+        ("Who?</s>", "A boat"),
+        ("Who?", " A boat</s>"),
+        ("Who?</s></s>", "</s></s>"),
+    ]
+    rows = [{"prompt": prompt, "response": text} for prompt, text in parts]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cache = build(tokenizer, ["rows.jsonl"])
+    assert cache.num_documents == len(parts)
+    for index, (prompt, text) in enumerate(parts):
+        tokens, prompt_length = cache.document(index)
+        while text.endswith("</s>"):
+            text = text.removesuffix("</s>")
+        assert tokens.tolist() == expected(tokenizer, text, prompt)
+        assert prompt_length == len(expected(tokenizer, prompt)) - 1
