@@ -5,11 +5,13 @@ import functools
 import math
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -53,7 +55,7 @@ class _FusedInputs(NamedTuple):
 
     slopes: Tensor  # [heads] float32
     mask: AttentionMask | None  # of the rows' documents; None for queries that follow cached keys
-    normed_by: tuple[nn.Module, Tensor] | None = None  # the layer norm and what it was given
+    norm_again: Callable[[], Tensor] | None = None  # makes attention's input again; None: it has to be kept
 
 
 class FusedBloomAttention(BloomAttention):
@@ -65,7 +67,7 @@ class FusedBloomAttention(BloomAttention):
             return super().forward(
                 hidden_states, residual, alibi, attention_mask, layer_past=layer_past, **kwargs
             )
-        with _made_again(hidden_states, alibi.normed_by):
+        with _made_again(hidden_states, alibi.norm_again):
             fused = self.query_key_value(hidden_states)
         fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
         # unbind, since its backward writes the three gradients into one tensor, in one pass
@@ -93,8 +95,10 @@ class FusedBloomBlock(BloomBlock):
 
     def forward(self, hidden_states, alibi, attention_mask, layer_past=None, **kwargs):
         """As `BloomBlock.forward`; fused when ``alibi`` is a `_FusedInputs`."""
-        if isinstance(alibi, _FusedInputs):
-            alibi = alibi._replace(normed_by=(self.input_layernorm, hidden_states))
+        norm = self.input_layernorm
+        # A compiler weighs by itself what to keep.
+        if isinstance(alibi, _FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
+            alibi = alibi._replace(norm_again=functools.partial(norm.forward, hidden_states))
         return super().forward(hidden_states, alibi, attention_mask, layer_past=layer_past, **kwargs)
 
 
@@ -423,22 +427,13 @@ def _takes_fused_inputs(block: nn.Module) -> bool:
     return isinstance(attention, FusedBloomAttention) and attention.is_fusable()
 
 
-def _made_again(
-    output: Tensor, normed_by: tuple[nn.Module, Tensor] | None
-) -> contextlib.AbstractContextManager:
-    """Where output = layer(x) is saved for a backward pass inside, ``normed_by``, layer and x, replaces it.
+def _made_again(output: Tensor, again: Callable[[], Tensor] | None) -> contextlib.AbstractContextManager:
+    """Where output is saved for a backward pass inside, ``again`` is kept in its place and makes it anew.
 
-    Not where the layer may be more than a layer norm. A compiler weighs that by itself, and autocast would
-    not be there in backward.
+    Not under autocast, which would not be there in backward.
     """
-    if (
-        torch.compiler.is_compiling()
-        or normed_by is None
-        or not is_plain(normed_by[0], nn.LayerNorm)
-        or torch.is_autocast_enabled(output.device.type)
-    ):
+    if again is None or torch.is_autocast_enabled(output.device.type):
         return contextlib.nullcontext()
-    layer, x = normed_by
 
     # weak, since the hooks live as long as what they have packed
     reference = weakref.ref(output)
@@ -450,7 +445,7 @@ def _made_again(
         if packed is not None:
             return packed
         with torch.no_grad():
-            return layer.forward(x)
+            return again()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -467,7 +462,7 @@ def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
 
 def _fragments(hidden: Tensor) -> bool:
     """Whether this forward pass leaves free memory between what it saves for the backward pass."""
-    return hidden.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return hidden.is_cpu and torch.is_grad_enabled() and not is_compiling()
 
 
 def _only_grows(cache: Cache | None) -> bool:

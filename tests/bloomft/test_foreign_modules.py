@@ -402,6 +402,18 @@ def test_what_cannot_be_kept_is_refused_by_name_and_left_alone(prepare):
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
 
 
+@pytest.mark.parametrize("prepare", [spread, offload, offload_when_called], ids=lambda p: p.__name__)
+def test_a_patched_model_may_be_spread_afterwards(prepare):
+    plain = tiny_model().eval()
+    model = patch(copy.deepcopy(plain)).eval()
+    model = prepare(model) or model
+    ids = tokens(2, 13)
+    with torch.no_grad():
+        expected, actual = plain(ids, labels=ids), model(ids, labels=ids)
+    close(actual.logits, expected.logits)
+    close(actual.loss, expected.loss)
+
+
 @pytest.mark.parametrize(
     "prepare", [spread, offload, trunk_of_another_class, model_of_another_class], ids=lambda p: p.__name__
 )
