@@ -22,6 +22,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Hashing less than this (bytes) takes no longer than looking the result up is worth.
 REMEMBERED_FROM = 2**28
 
+# By their names in a safetensors header.
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
 # What changes the model's function beside its tensors.
 _ARCHITECTURE = ("n_head", "layer_norm_epsilon", "apply_residual_connection_post_layernorm")
 
@@ -43,10 +46,11 @@ def weight_files(location: str, options: dict) -> list[Path]:
     return [Path(cached_file(location, name, **options)) for name in names]
 
 
-def check_tensors(files: Sequence[Path], config: BloomConfig) -> None:
-    """Raise `UserError` unless the tensors in ``files`` have the shapes of ``config`` and floating dtypes.
+def check_tensors(files: Sequence[Path], config: BloomConfig) -> set[torch.dtype]:
+    """The dtypes that a base's tensors are stored in, whatever ``config`` says; the shapes must be its own.
 
-    Reads headers only. Which tensors are there at all is for the loading to find out.
+    Reads headers only. Which tensors are there at all is for the loading to find out. Raises `UserError` for
+    a tensor of another shape or of a dtype that is not in `_DTYPES`.
     """
     stored = {}
     for file in files:
@@ -64,12 +68,17 @@ def check_tensors(files: Sequence[Path], config: BloomConfig) -> None:
         )
     with torch.device("meta"):
         expected = BloomForCausalLM(config).state_dict()
+    dtypes = set()
     for name, value in expected.items():
-        shape, dtype, file = stored.get(name.removeprefix("transformer."), (list(value.shape), "F32", None))
+        if (found := stored.get(name.removeprefix("transformer."))) is None:
+            continue
+        shape, dtype, file = found
         if shape != list(value.shape):
             raise UserError(f"{file}: {name} has shape {shape}, by config.json it is {list(value.shape)}")
-        if dtype not in ("F16", "BF16", "F32", "F64"):
-            raise UserError(f"{file}: {name} is stored as {dtype}; only F16, BF16, F32 and F64 are read")
+        if dtype not in _DTYPES:
+            raise UserError(f"{file}: {name} is stored as {dtype}; only {', '.join(_DTYPES)} are read")
+        dtypes.add(_DTYPES[dtype])
+    return dtypes
 
 
 def damaged_file(folder: Path) -> str | None:

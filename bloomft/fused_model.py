@@ -2,13 +2,16 @@
 
 import contextlib
 import functools
+import math
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -21,6 +24,7 @@ from transformers.models.bloom.modeling_bloom import (
     BloomAttention,
     BloomBlock,
     BloomForCausalLM,
+    BloomGelu,
     BloomMLP,
     BloomModel,
 )
@@ -28,7 +32,9 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from bloomft.adapters import adapted_layers, holds_adapters, save_peft_adapter
 from bloomft.data import IGNORE_INDEX
+from bloomft.document_bias import document_bias
 from bloomft.files import make_folder
+from bloomft.plain_modules import is_plain
 from bloomft.runtime import release_freed_memory
 from lorakernels import (
     AttentionMask,
@@ -49,6 +55,7 @@ class _FusedInputs(NamedTuple):
 
     slopes: Tensor  # [heads] float32
     mask: AttentionMask | None  # of the rows' documents; None for queries that follow cached keys
+    norm_again: Callable[[], Tensor] | None = None  # makes attention's input again; None: it has to be kept
 
 
 class FusedBloomAttention(BloomAttention):
@@ -60,21 +67,27 @@ class FusedBloomAttention(BloomAttention):
             return super().forward(
                 hidden_states, residual, alibi, attention_mask, layer_past=layer_past, **kwargs
             )
-        return self.attend(self.query_key_value(hidden_states), residual, alibi, layer_past), None
-
-    def attend(
-        self, fused: Tensor, residual: Tensor, alibi: _FusedInputs, cache: DynamicCache | None = None
-    ) -> Tensor:
-        """What comes after ``fused`` [B, T, 3H] = query_key_value(x): attention, dense and residual."""
+        with _made_again(hidden_states, alibi.norm_again):
+            fused = self.query_key_value(hidden_states)
         fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
         # unbind, since its backward writes the three gradients into one tensor, in one pass
         query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
         context = alibi_attention(query, key, value, alibi.slopes, mask=alibi.mask)
         context = context.transpose(1, 2).flatten(2)  # [B, T, H]
         output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
-        return _add_residual(self.dense, output, residual)
+        return _add_residual(self.dense, output, residual), None
+
+    def is_fusable(self) -> bool:
+        """Whether `alibi_attention` is what transformers computes with this module's settings."""
+        dropout = self.attention_dropout
+        return (
+            is_plain(dropout, nn.Dropout)
+            and not (dropout.training and dropout.p > 0)
+            and not (self.slow_but_exact and self.pretraining_tp > 1)
+            and (self.beta, self.inv_norm_factor) == (1.0, 1.0 / math.sqrt(self.head_dim))
+        )
 
 
 class FusedBloomBlock(BloomBlock):
@@ -82,16 +95,11 @@ class FusedBloomBlock(BloomBlock):
 
     def forward(self, hidden_states, alibi, attention_mask, layer_past=None, **kwargs):
         """As `BloomBlock.forward`; fused when ``alibi`` is a `_FusedInputs`."""
-        if not isinstance(alibi, _FusedInputs):
-            return super().forward(hidden_states, alibi, attention_mask, layer_past=layer_past, **kwargs)
-        normed = self.input_layernorm(hidden_states)
-        with _made_again(normed, self.input_layernorm, hidden_states):
-            fused = self.self_attention.query_key_value(normed)
-        residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
-        attended = self.self_attention.attend(fused, residual, alibi, layer_past)
-        normed = self.post_attention_layernorm(attended)
-        residual = normed if self.apply_residual_connection_post_layernorm else attended
-        return self.mlp(normed, residual), None
+        norm = self.input_layernorm
+        # A compiler weighs by itself what to keep.
+        if isinstance(alibi, _FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
+            alibi = alibi._replace(norm_again=functools.partial(norm.forward, hidden_states))
+        return super().forward(hidden_states, alibi, attention_mask, layer_past=layer_past, **kwargs)
 
 
 class FusedBloomMLP(BloomMLP):
@@ -102,10 +110,11 @@ class FusedBloomMLP(BloomMLP):
 
     def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
         """As `BloomMLP.forward`."""
-        if self.pretraining_tp > 1 and self.slow_but_exact:
+        sliced = self.pretraining_tp > 1 and self.slow_but_exact
+        if sliced or not is_plain(self.gelu_impl, BloomGelu):
             return super().forward(hidden_states, residual)
         inner, down = self.dense_h_to_4h(hidden_states), self.dense_4h_to_h
-        if type(down) is FusedLinear and down.is_frozen():
+        if is_plain(down, FusedLinear) and _is_frozen(down.weight, down.bias):
             output = frozen_linear(inner, down.weight, down.bias, gelu=True)
         else:
             output = down(nn.functional.gelu(inner, approximate="tanh"))
@@ -118,11 +127,9 @@ class FusedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
-        return frozen_linear(x, self.weight, self.bias) if self.is_frozen() else super().forward(x)
-
-    def is_frozen(self) -> bool:
-        """Whether neither weight nor bias is trained."""
-        return not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        weight, bias = self.weight, self.bias  # read once, since a parametrization makes it anew each time
+        linear = frozen_linear if _is_frozen(weight, bias) else nn.functional.linear
+        return linear(x, weight, bias)
 
 
 class FusedBloomModel(BloomModel):
@@ -150,12 +157,7 @@ class FusedBloomModel(BloomModel):
         cached = use_cache or cache is not None
         if cached and document_ids is not None:
             raise ValueError("document_ids: packed rows have no key-value cache; pass use_cache=False")
-        eager = (
-            output_attentions
-            or (self.training and config.attention_dropout > 0)
-            or _has_holes(attention_mask)
-        )
-        eager = eager or (config.slow_but_exact and config.pretraining_tp > 1)
+        eager = output_attentions or _has_holes(attention_mask) or not all(map(_takes_fused_inputs, self.h))
         # in training mode transformers itself decides what becomes of a cache
         eager = eager or (cached and (self.training or not _only_grows(cache)))
         if eager and document_ids is None:
@@ -178,7 +180,7 @@ class FusedBloomModel(BloomModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
         if eager:
-            alibi, mask = _document_bias(slopes, document_ids, attention_mask, hidden.dtype)
+            alibi, mask = document_bias(slopes, document_ids, attention_mask, hidden.dtype)
         else:
             alibi, mask = _FusedInputs(slopes, self._mask(document_ids, hidden, cache)), None
 
@@ -338,9 +340,8 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             self.loss_function is ForCausalLMLoss
             and options.keys() <= {"num_items_in_batch", "ignore_index", "shift_labels"}
             and isinstance(options.get("ignore_index", IGNORE_INDEX), int)
-            and type(head) is FusedLinear
+            and is_plain(head, FusedLinear)
             and head.bias is None
-            and not (head._forward_hooks or head._forward_pre_hooks)
         )
 
     def _loss_from_hidden(
@@ -416,12 +417,22 @@ FUSED_CLASSES = {
 }
 
 
-def _made_again(output: Tensor, layer: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
-    """Where output = layer(x) is saved for a backward pass inside, layer and x are kept in its place.
+def _is_frozen(weight: Tensor, bias: Tensor | None) -> bool:
+    return not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
-    A compiler weighs that by itself, and autocast would not be there in backward.
+
+def _takes_fused_inputs(block: nn.Module) -> bool:
+    """Whether block, or what it wraps, hands `_FusedInputs` to an attention that may use them."""
+    attention = getattr(block, "self_attention", None)
+    return isinstance(attention, FusedBloomAttention) and attention.is_fusable()
+
+
+def _made_again(output: Tensor, again: Callable[[], Tensor] | None) -> contextlib.AbstractContextManager:
+    """Where output is saved for a backward pass inside, ``again`` is kept in its place and makes it anew.
+
+    Not under autocast, which would not be there in backward.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if again is None or torch.is_autocast_enabled(output.device.type):
         return contextlib.nullcontext()
 
     # weak, since the hooks live as long as what they have packed
@@ -434,7 +445,7 @@ def _made_again(output: Tensor, layer: nn.Module, x: Tensor) -> contextlib.Abstr
         if packed is not None:
             return packed
         with torch.no_grad():
-            return layer(x)
+            return again()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -442,16 +453,16 @@ def _made_again(output: Tensor, layer: nn.Module, x: Tensor) -> contextlib.Abstr
 def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
     """layer's output + residual, in output's memory where that may be.
 
-    Not where autocast has made their dtypes differ, and not what an adapted layer returned: selective
-    checkpointing keeps that.
+    Not where autocast has made their dtypes differ, and not what others may hold: selective checkpointing
+    keeps what an adapted layer returned, and hooks may keep theirs.
     """
-    in_place = type(layer) is FusedLinear and output.dtype == residual.dtype
+    in_place = is_plain(layer, FusedLinear) and output.dtype == residual.dtype
     return output.add_(residual) if in_place else output + residual
 
 
 def _fragments(hidden: Tensor) -> bool:
     """Whether this forward pass leaves free memory between what it saves for the backward pass."""
-    return hidden.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return hidden.is_cpu and torch.is_grad_enabled() and not is_compiling()
 
 
 def _only_grows(cache: Cache | None) -> bool:
@@ -467,22 +478,3 @@ def _has_holes(attention_mask) -> bool:
     return not (
         isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())
     )
-
-
-def _document_bias(
-    slopes: Tensor, document_ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """transformers' alibi [B·heads, 1, T] and additive mask [B, 1, T, T] for rows of several documents."""
-    B, T = document_ids.shape
-    real = torch.ones_like(document_ids) if attention_mask is None else attention_mask.to(document_ids)
-    counted = real.cumsum(1)
-    starts = nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    # Tokens counted before each position's own document: the running maximum over document starts.
-    before = ((counted - real) * starts).cummax(1).values
-    position = (counted - before - 1) * real
-    alibi = (slopes[None, :, None, None] * position[:, None, None, :]).to(dtype)
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=document_ids.device).tril()
-    allowed = same & causal & real.bool()[:, None, None, :]
-    mask = torch.zeros(B, 1, T, T, dtype=dtype, device=document_ids.device)
-    return alibi.flatten(0, 1), mask.masked_fill_(~allowed, torch.finfo(dtype).min)

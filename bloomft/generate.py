@@ -10,14 +10,15 @@ if __name__ == "__main__":
 
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import BloomForCausalLM, PreTrainedTokenizerFast, TextStreamer
+from transformers import BloomForCausalLM, GenerationConfig, PreTrainedTokenizerFast, TextStreamer
 
 from bloomft.adapters import CONFIG_NAME, load_peft_adapter, load_peft_config
 from bloomft.arguments import split_overrides
@@ -49,13 +50,31 @@ def generate(
 ) -> str:
     """The continuation of ``prompt``, without the prompt and without special tokens.
 
-    A ``streamer`` is given the text as it comes. Raises `UserError` for a prompt without a single token.
+    It ends with the tokenizer's end of text or one that the model's generation_config names, or after
+    ``sampling.max_new_tokens``; nothing else of that generation_config has an effect. A ``streamer`` is
+    given the text as it comes. Raises `UserError` for a prompt without a single token and for ends of text
+    that are not token ids.
     """
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     if encoded["input_ids"].shape[1] == 0:
         raise UserError("--prompt: expected at least one character")
     input_ids = encoded["input_ids"].to(model.device)
+    settings = _generation_config(model, tokenizer, sampling)
     torch.manual_seed(sampling.seed)
+    with torch.no_grad(), _in_place_of_its_own(settings, model):
+        output = model.generate(
+            input_ids,
+            generation_config=settings,
+            attention_mask=torch.ones_like(input_ids),
+            streamer=streamer,
+        )
+    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def _generation_config(
+    model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling
+) -> GenerationConfig:
+    """What ``sampling`` says, and of the model's own generation_config its ends of text."""
     drawing = {"do_sample": False}
     if sampling.temperature > 0:
         drawing = {
@@ -64,18 +83,30 @@ def generate(
             "top_p": sampling.top_p,
             "top_k": 0,
         }
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with torch.no_grad():
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
-            streamer=streamer,
-            **drawing,
-        )
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+    own = model.generation_config.eos_token_id
+    ends = own if isinstance(own, list) else [own]
+    for end in ends:
+        if end is not None and type(end) is not int:
+            raise UserError(f"generation_config.json: eos_token_id is {own!r}; expected token ids")
+    # The tokenizer's too: training ends every document with it.
+    ids = {tokenizer.eos_token_id, *ends} & set(range(model.config.vocab_size))
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(ids) or None,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **drawing,
+    )
+
+
+@contextlib.contextmanager
+def _in_place_of_its_own(settings: GenerationConfig, model: BloomForCausalLM) -> Iterator[None]:
+    """``model.generate`` fills whatever the configuration that it is given leaves open from the model's."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def load_for_generation(

@@ -1,6 +1,8 @@
 """Load a BLOOM base model and its tokenizer, and tell one base from another."""
 
+import functools
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +52,11 @@ class Base:
 def load_base(config: TransformerConfig) -> Base:
     """Load model and tokenizer from the hub, a folder, or the embedded ``builtin:tiny`` (made on first use).
 
-    The weights keep the dtype they are stored in, on the CPU; only safetensors files are read. Raises
-    `UserError`, with the file where there is one, when model or tokenizer cannot be loaded, are not BLOOM's,
-    are not exactly the tensors that config.json describes, or do not belong together.
+    The weights keep the dtype they are stored in, whatever config.json says of it, on the CPU; where they are
+    stored in several, all get the narrowest that holds each of them exactly, and a line on stderr says so.
+    Only safetensors files are read. Raises `UserError`, with the file where there is one, when model or
+    tokenizer cannot be loaded, are not BLOOM's, are not exactly the tensors that config.json describes, or
+    do not belong together.
     """
     name = config.pretrained_model_name_or_path
     location, options = _location(config)
@@ -67,14 +71,18 @@ def load_base(config: TransformerConfig) -> Base:
             _check_tokenizer(name, tokenizer, settings.vocab_size)
             reading = INDEX
             files = weight_files(location, options)
-            check_tensors(files, settings)
+            stored = check_tensors(files, settings)
+            dtype = functools.reduce(torch.promote_types, stored) if stored else torch.get_default_dtype()
             model, found = BloomForCausalLM.from_pretrained(
-                location, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+                location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
         for verb, keys in (("lacks", found["missing_keys"]), ("has a foreign", found["unexpected_keys"])):
             if keys:
                 where = files[0] if len(files) == 1 else folder / INDEX
                 raise UserError(f"{where}: {verb} {min(keys)} ({len(keys)} such tensors)")
+        if len(stored) > 1:
+            *stored, dtype = (str(each).removeprefix("torch.") for each in (*sorted(stored, key=str), dtype))
+            print(f"{name}: stored in {' and '.join(stored)}, loaded in {dtype}", file=sys.stderr)
         identity = remembered_fingerprint(model, files, default_cache_dir())
     except UserError:
         raise

@@ -4,15 +4,19 @@ A patched model is the same object with other classes: `BloomForCausalLM` become
 subclass, and so on down to the attention; the target layers become `LoRALinear`. No parameter is copied.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import BloomForCausalLM
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import BloomForCausalLM, BloomModel
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomBlock
 
 from bloomft.adapters import adapted_layers
 from bloomft.fused_model import FUSED_CLASSES
+from bloomft.plain_modules import has_hooks, replaced_method
 from lorakernels import LoRALinear, RowParts
 
 
@@ -34,15 +38,18 @@ def patch_bloom(
     Afterwards only ``lora_a`` and ``lora_b`` (float32) require gradients. In training mode with labels the
     loss is computed without logits, see `FusedBloomForCausalLM`. Returns the same model.
 
+    A block, an attention or another module of a class of its own, or with a forward of its own, keeps it, and
+    so does the path to it; hooks run as they do without the patch.
+
     Raises:
-        TypeError: not a BloomForCausalLM.
+        TypeError: not a BloomForCausalLM, or a subclass.
         ValueError: already patched, no linear layer of the blocks is called ``target``, ``parts`` do not fit
-            it, or ``scale`` is 0.
+            it, ``scale`` is 0, or the model has what an adapter would bypass or freeze: accelerate's hooks,
+            adapters of another library, a target that is no plain linear layer or shares its weight.
     """
-    if not isinstance(model, BloomForCausalLM):
-        raise TypeError(f"model: expected a BloomForCausalLM, got {type(model).__name__}")
     if is_patched(model):
         raise ValueError("the model is patched already; call unpatch_bloom(model) first")
+    _check_model(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = [name for name in linears if name.rsplit(".", 1)[-1] == target]
     if target == "lm_head":
@@ -56,6 +63,10 @@ def patch_bloom(
 
     if scale == 0:
         raise ValueError("scale: expected a number other than 0, with which the adapters would do nothing")
+    _refuse_foreign_tensors(model, chosen)
+    for name in chosen:
+        if reason := _not_adaptable(model, linears[name]):
+            raise ValueError(f"'{name}' cannot have an adapter: {reason}")
     rows = _row_parts(model, target, parts)
     adapted = {
         name: LoRALinear.from_linear(linears[name], r, scale, dropout_p=dropout_p, parts=rows)
@@ -70,7 +81,7 @@ def patch_bloom(
         module.lora_a.requires_grad_(True)
         module.lora_b.requires_grad_(True)
         model.set_submodule(name, module)
-    _swap_classes(model, FUSED_CLASSES)
+    _fuse_classes(model)
     return model
 
 
@@ -82,7 +93,7 @@ def unpatch_bloom(model: BloomForCausalLM, merge: bool = False) -> BloomForCausa
     """
     if not is_patched(model):
         raise ValueError("the model is not patched; call patch_bloom(model) first")
-    _swap_classes(model, _PLAIN_CLASSES)
+    _restore_classes(model)
     for name in model._patch_record.layers:
         layer = model.get_submodule(name)
         plain = layer.merged() if merge else _plain_linear(layer)
@@ -101,14 +112,18 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def fuse_bloom(model: BloomForCausalLM) -> BloomForCausalLM:
-    """The fused parts alone, without adapters or freezing: for training every weight. In place."""
-    _swap_classes(model, FUSED_CLASSES)
+    """The fused parts alone, without adapters or freezing: for training every weight. In place.
+
+    Raises TypeError and ValueError for a model that is not exactly a BloomForCausalLM, as `patch_bloom`.
+    """
+    _check_model(model)
+    _fuse_classes(model)
     return model
 
 
 def unfuse_bloom(model: BloomForCausalLM) -> BloomForCausalLM:
     """Undo `fuse_bloom`. In place."""
-    _swap_classes(model, _PLAIN_CLASSES)
+    _restore_classes(model)
     return model
 
 
@@ -146,9 +161,76 @@ class PatchRecord:
 _PLAIN_CLASSES = {fused: plain for plain, fused in FUSED_CLASSES.items()}
 
 
-def _swap_classes(model: nn.Module, mapping: dict[type, type]) -> None:
+def _check_model(model: nn.Module) -> None:
+    """Raise TypeError or ValueError unless model and trunk are exactly BLOOM's, with BLOOM's own methods."""
+    if not isinstance(model, BloomForCausalLM):
+        raise TypeError(f"model: expected a BloomForCausalLM, got {type(model).__name__}")
+    for name, kind in (("model", BloomForCausalLM), ("model.transformer", BloomModel)):
+        module = model if name == "model" else model.transformer
+        if type(module) not in (kind, FUSED_CLASSES[kind]):
+            raise TypeError(f"{name}: expected exactly a {kind.__name__}, got {type(module).__name__}")
+        if method := replaced_method(module):
+            raise ValueError(
+                f"{name}: its {method} is not {kind.__name__}'s; a model that accelerate spreads over "
+                "devices or offloads, and one with other methods of its own, cannot be patched"
+            )
+
+
+def _refuse_foreign_tensors(model: BloomForCausalLM, targets: Sequence[str]) -> None:
+    """Raise ValueError for a tensor of the trunk that BLOOM does not have, which the patch would freeze.
+
+    Also for one of ``targets``, names of linear layers, that does not stand where BLOOM's own stand.
+    """
+    with torch.device("meta"):
+        own = {name for name, _ in BloomModel(copy.deepcopy(model.config)).named_parameters()}
+    trunk = model.transformer
+    names = [name for name, _ in (*trunk.named_parameters(), *trunk.named_buffers())]
+    names += [f"{name.removeprefix('transformer.')}.weight" for name in targets]
+    if foreign := [name for name in names if name not in own]:
+        raise ValueError(
+            f"{foreign[0]} is no tensor of BLOOM's ({len(foreign)} such); merge or remove another library's "
+            "adapters, wrappers and quantized layers first"
+        )
+
+
+def _not_adaptable(model: BloomForCausalLM, linear: nn.Linear) -> str | None:
+    """Why a LoRALinear cannot stand in the place of ``linear``; None where it can."""
+    if type(linear) not in (nn.Linear, FUSED_CLASSES[nn.Linear]):
+        return f"its class is {type(linear).__name__} and not exactly torch.nn.Linear"
+    if method := replaced_method(linear):
+        return f"its {method} is replaced, as accelerate's hooks do"
+    if has_hooks(linear):
+        return "it has hooks, which would be lost; remove them first"
+    for leaf, tensor in linear.named_parameters():
+        if is_traceable_wrapper_subclass(tensor) or not tensor.is_floating_point():
+            return (
+                f"its {leaf} is a {type(tensor).__name__} of {tensor.dtype}, no plain floating-point tensor"
+            )
+        names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is tensor]
+        if len(names) > 1:
+            return f"its {leaf} is shared: {' and '.join(names)}"
+    return None
+
+
+def _fuse_classes(model: BloomForCausalLM) -> None:
+    """Give each module that is exactly BLOOM's own its fused class; attention and block both or neither."""
     for module in model.modules():
-        module.__class__ = mapping.get(type(module), type(module))
+        kind = type(module)
+        if kind not in FUSED_CLASSES or kind is BloomAttention or replaced_method(module):
+            continue
+        if kind is nn.Linear and any(map(is_traceable_wrapper_subclass, module.parameters(recurse=False))):
+            continue
+        if kind is BloomBlock:
+            attention = module.self_attention
+            if type(attention) is not BloomAttention or replaced_method(attention):
+                continue
+            attention.__class__ = FUSED_CLASSES[BloomAttention]
+        module.__class__ = FUSED_CLASSES[kind]
+
+
+def _restore_classes(model: BloomForCausalLM) -> None:
+    for module in model.modules():
+        module.__class__ = _PLAIN_CLASSES.get(type(module), type(module))
 
 
 def _row_parts(model: BloomForCausalLM, target: str, parts: Sequence[str] | None) -> RowParts | None:

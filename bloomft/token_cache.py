@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -43,24 +43,24 @@ from bloomft.documents import (
 )
 from bloomft.errors import UserError
 from bloomft.files import lock_file, sync_folder
+from bloomft.text_pieces import added_tokens_for_cutting, cut_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT_VERSION = 1
-# The pieces of a batch are encoded in parallel; an encoding takes some hundred bytes a token: small sizes.
+FORMAT_VERSION = 2
+# At least, where a text may be cut. The pieces of a batch are encoded in parallel, and an encoding takes some
+# hundred bytes a token.
 PIECE_CHARACTERS = 1 << 13
 BATCH_CHARACTERS = 1 << 19
 READ_BYTES = 1 << 20
-# BLOOM's pre-tokenizer keeps these together with blanks beside them.
-NO_WORD = frozenset("()|[].,!?…。，、।۔،")
 
 _META = "meta.json"
 
 
 @dataclass(frozen=True, eq=False)
 class TokenCache:
-    """Tokenized documents, each of them prompt tokens, text tokens, end of text.
+    """Tokenized documents, each of them prompt tokens, text tokens, one end of text.
 
     tokens: [num_tokens] uint16 or uint32, all documents one after another; offsets: [num_documents + 1]
     int64, where each begins and the last ends; prompt_lengths: [num_documents] int64, how many of a
@@ -113,9 +113,9 @@ def build_token_cache(
     without any document, an unfit tokenizer, and a folder that cannot be written.
     """
     files = list_files(patterns)
-    tokenizer_json, eos = _tokenizer_state(tokenizer)
+    state = _tokenizer_state(tokenizer)
     before = _file_states(files)
-    key = _content_key(files, tokenizer_json, eos)
+    key = _content_key(files, state)
     folder = Path(cache_dir).expanduser() / f"tokens-{key}"
     cache = _open_cache(folder)
     if cache is not None:
@@ -130,7 +130,7 @@ def build_token_cache(
             partial = _new_folder(folder)
             try:
                 total = sum(sum(map(len, s)) if isinstance(s, list) else s[1] for s in before)
-                _write_cache(partial, files, total, tokenizer_json, eos, progress)
+                _write_cache(partial, files, total, state, progress)
                 if _file_states(files) != before:
                     raise UserError("a file of data.filenames changed while it was read; start again")
                 return _publish(partial, folder)
@@ -143,8 +143,21 @@ def build_token_cache(
         ) from error
 
 
-def _tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, int]:
-    """The backend as canonical JSON, without the padding and truncation that a call leaves; the eos id."""
+class _TokenizerState(NamedTuple):
+    """All of a tokenizer that decides tokens."""
+
+    json: str  # canonical, without the padding and truncation that a call leaves
+    eos: int
+    splits_special_tokens: bool
+
+    def backend(self) -> Tokenizer:
+        """A copy of our own: the caller's tokenizer may pad or truncate, and goes on doing so."""
+        backend = Tokenizer.from_str(self.json)
+        backend.encode_special_tokens = self.splits_special_tokens
+        return backend
+
+
+def _tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> _TokenizerState:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(
@@ -155,9 +168,15 @@ def _tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, int]:
         raise UserError(
             "the tokenizer has no eos_token to end a document with; name one in its tokenizer_config.json"
         )
-    state = json.loads(backend.to_str())
+    try:
+        state = json.loads(backend.to_str())
+    except Exception as error:  # tokenizers raises no narrower class, for parts that are Python code
+        raise UserError(f"the tokenizer cannot be written as a tokenizer.json: {error}") from error
+    if dropout := state["model"].get("dropout"):
+        raise UserError(f"the tokenizer's tokens are random: its model has dropout {dropout}; set it to null")
     state["truncation"] = state["padding"] = None
-    return json.dumps(state, sort_keys=True), int(tokenizer.eos_token_id)
+    splits = bool(getattr(tokenizer, "split_special_tokens", False))
+    return _TokenizerState(json.dumps(state, sort_keys=True), int(tokenizer.eos_token_id), splits)
 
 
 def _file_states(files: Sequence[Path]) -> list[Any]:
@@ -179,11 +198,17 @@ def _status(file: Path) -> os.stat_result:
         raise UserError(f"cannot read {file}: {error.strerror}; repair it or leave it out") from error
 
 
-def _content_key(files: Sequence[Path], tokenizer_json: str, eos: int) -> str:
+def _content_key(files: Sequence[Path], tokenizer: _TokenizerState) -> str:
     """Hash of all that decides the tokens: format, tokenizer, and each file's content and kind, in order."""
     key = hashlib.blake2b(digest_size=16)
-    key.update(f"{FORMAT_VERSION} {eos} {len(tokenizer_json)} {len(files)}\n".encode())
-    key.update(tokenizer_json.encode())
+    numbers = [
+        FORMAT_VERSION,
+        tokenizer.eos,
+        int(tokenizer.splits_special_tokens),
+        len(tokenizer.json),
+        len(files),
+    ]
+    key.update(f"{' '.join(map(str, numbers))}\n{tokenizer.json}".encode())
     for file in files:
         content = hashlib.blake2b()
         if str(file) == INSTALLED_READMES:
@@ -230,9 +255,11 @@ def _remove_leftovers(cache_dir: Path) -> None:
 class _CacheWriter:
     """Streams documents into the files of a cache folder; what `write` has written leaves memory."""
 
-    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype, eos: int) -> None:
+        self._eos = eos
         self.num_tokens = self.num_documents = 0
         self._prompt_length = 0
+        self._held_back = 0
         self._dtypes = {"tokens": dtype, "offsets": np.dtype(np.int64), "prompt_lengths": np.dtype(np.int64)}
         self._pending: dict[str, list[int]] = {"tokens": [], "offsets": [0], "prompt_lengths": []}
         self._checksums = dict.fromkeys(self._dtypes, 0)
@@ -241,19 +268,34 @@ class _CacheWriter:
             name: self._stack.enter_context((folder / f"{name}.bin").open("wb")) for name in self._dtypes
         }
 
-    def add(self, ids: Sequence[int], *, prompt: bool) -> None:
-        """Append tokens to the document under way."""
-        self._pending["tokens"].extend(ids)
-        self.num_tokens += len(ids)
-        self._prompt_length += len(ids) if prompt else 0
+    def add_prompt(self, ids: Sequence[int]) -> None:
+        """Append prompt tokens to the document under way."""
+        self._add(ids)
+        self._prompt_length += len(ids)
 
-    def end_document(self, eos: int) -> None:
-        """Close the document under way with its end of text."""
-        self.add([eos], prompt=False)
+    def add_text(self, ids: Sequence[int]) -> None:
+        """Append text tokens to the document under way; ends of text wait for what follows them."""
+        kept = len(ids)
+        while kept and ids[kept - 1] == self._eos:
+            kept -= 1
+        if kept:
+            self._add([self._eos] * self._held_back)
+            self._add(ids[:kept])
+            self._held_back = 0
+        self._held_back += len(ids) - kept
+
+    def end_document(self) -> None:
+        """Close the document under way with one end of text, whether its own text ends with one or not."""
+        self._add([self._eos])
+        self._held_back = 0
         self._pending["offsets"].append(self.num_tokens)
         self._pending["prompt_lengths"].append(self._prompt_length)
         self._prompt_length = 0
         self.num_documents += 1
+
+    def _add(self, ids: Sequence[int]) -> None:
+        self._pending["tokens"].extend(ids)
+        self.num_tokens += len(ids)
 
     def write(self) -> None:
         """Move what was added to the files."""
@@ -283,20 +325,19 @@ class _CacheWriter:
 
 
 def _write_cache(
-    folder: Path, files: Sequence[Path], total: int, tokenizer_json: str, eos: int, progress: bool
+    folder: Path, files: Sequence[Path], total: int, tokenizer: _TokenizerState, progress: bool
 ) -> None:
     """Tokenize ``files``, ``total`` bytes, into ``folder``, its description last."""
-    # A copy of our own: the caller's tokenizer may pad or truncate, and goes on doing so.
-    backend = Tokenizer.from_str(tokenizer_json)
+    backend = tokenizer.backend()
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
-    dtype = np.dtype(np.uint16 if max(highest, eos) <= np.iinfo(np.uint16).max else np.uint32)
+    dtype = np.dtype(np.uint16 if max(highest, tokenizer.eos) <= np.iinfo(np.uint16).max else np.uint32)
     report = ReadReport()
     started = time.perf_counter()
     with (
         _progress_bar(total, len(files), progress) as advance,
-        contextlib.closing(_CacheWriter(folder, dtype)) as out,
+        contextlib.closing(_CacheWriter(folder, dtype, tokenizer.eos)) as out,
     ):
-        _tokenize(read_documents(files, report), backend, eos, out, advance)
+        _tokenize(read_documents(files, report), backend, out, advance)
         meta = out.finish()
     if not report.documents:
         raise UserError(f"data.filenames holds no text to train on: {report.describe()}; name other files")
@@ -315,26 +356,26 @@ def _write_cache(
 def _tokenize(
     documents: Iterable[Document],
     backend: Tokenizer,
-    eos: int,
     out: _CacheWriter,
     advance: Callable[[int], None],
 ) -> None:
     """Encode in batches of bounded size; the Rust backend spreads the pieces of a batch over its threads."""
+    added_tokens = added_tokens_for_cutting(json.loads(backend.to_str()))
     batch: list[tuple[str, bool, bool]] = []
     characters = 0
 
     def flush() -> None:
         encodings = backend.encode_batch_fast([text for text, _, _ in batch], add_special_tokens=False)
         for (_, is_prompt, is_last), encoding in zip(batch, encodings, strict=True):
-            out.add(encoding.ids, prompt=is_prompt)
+            (out.add_prompt if is_prompt else out.add_text)(encoding.ids)
             if is_last:
-                out.end_document(eos)
+                out.end_document()
         out.write()
         advance(sum(len(text.encode()) for text, _, _ in batch))
         batch.clear()
 
     for document in documents:
-        for piece in _pieces(document):
+        for piece in _pieces(document, added_tokens):
             batch.append(piece)
             characters += len(piece[0])
             if characters >= BATCH_CHARACTERS:
@@ -344,43 +385,21 @@ def _tokenize(
         flush()
 
 
-def _pieces(document: Document) -> Iterator[tuple[str, bool, bool]]:
+def _pieces(document: Document, added_tokens: tuple[str, ...] | None) -> Iterator[tuple[str, bool, bool]]:
     """(text, whether it is prompt, whether it ends the document) in order."""
-    for text in cut_text(document.prompt, PIECE_CHARACTERS):
+
+    def cut(text: str) -> Iterator[str]:
+        if added_tokens is not None:
+            yield from cut_text(text, PIECE_CHARACTERS, added_tokens)
+        elif text:
+            yield text
+
+    for text in cut(document.prompt):
         yield text, True, False
     start = 0
-    for text in cut_text(document.text, PIECE_CHARACTERS):
+    for text in cut(document.text):
         start += len(text)
         yield text, False, start == len(document.text)
-
-
-def cut_text(text: str, limit: int) -> Iterator[str]:
-    """Cut ``text`` into pieces of at most ``limit`` characters where the tokens cannot tell.
-
-    Byte-level BPE never merges across the pre-tokenizer's borders. Both BLOOM's and GPT-2's have one before
-    the last blank ahead of a word, whatever comes earlier, and after a line break between a non-blank and a
-    word. Where the second half of a piece has neither, it is cut at the limit: the text stays, one token may
-    not.
-    """
-    start = 0
-    while len(text) - start > limit:
-        end = _safe_cut(text, start + limit // 2, start + limit)
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
-def _safe_cut(text: str, low: int, high: int) -> int:
-    """The last safe place in (low, high], else ``high``; ``high`` < len(text)."""
-    for blank, shift in (("\n", 1), (" ", 0)):
-        at = text.rfind(blank, max(low, 1), high)
-        while at > 0:
-            starts_word = not text[at + 1].isspace() and text[at + 1] not in NO_WORD
-            if starts_word and (blank == " " or not text[at - 1].isspace()):
-                return at + shift
-            at = text.rfind(blank, max(low, 1), at)
-    return high
 
 
 def _open_cache(folder: Path) -> TokenCache | None:

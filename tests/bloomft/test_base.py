@@ -109,6 +109,46 @@ def test_a_tokenizer_of_another_model(folder):
     fail(folder, "the tokenizer has token 1000000, the model tokens below 384")
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "said", [{"dtype": "float16"}, {"torch_dtype": "bfloat16"}, {"dtype": "float64"}, {}]
+)
+def test_the_stored_precision_is_kept_whatever_the_configuration_says(folder, stored, said, capsys):
+    change_tensors(folder, lambda t: t.update({name: value.to(stored) for name, value in t.items()}))
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("dtype", None)
+    path.write_text(json.dumps(settings | said))
+    base = load(folder)
+    assert base.dtype == base.model.config.dtype == stored
+    kept = base.model.state_dict()
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert kept[name].dtype == stored
+        assert torch.equal(kept[name], value)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("one", "others", "loaded"),
+    [
+        (torch.float32, torch.bfloat16, "bfloat16 and float32, loaded in float32"),
+        (torch.bfloat16, torch.float16, "bfloat16 and float16, loaded in float32"),
+        (torch.float16, torch.float64, "float16 and float64, loaded in float64"),
+    ],
+)
+def test_of_several_stored_precisions_none_is_rounded_and_one_line_says_so(
+    folder, one, others, loaded, capsys
+):
+    def convert(tensors):
+        tensors.update({name: value.to(one if name == NORM else others) for name, value in tensors.items()})
+
+    change_tensors(folder, convert)
+    kept = load(folder).model.state_dict()
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(kept[name].double(), value.double())
+    assert capsys.readouterr().err == f"{folder}: stored in {loaded}\n"
+
+
 GOOD_START = 8
 WEIGHTS = {
     "empty": lambda data: b"",

@@ -215,8 +215,9 @@ def test_results_of_layer_norms_do_not_wait_for_the_backward_pass(model):
     with_trained_adapters(model).train()
     results = []
     for block in model.transformer.h:
-        for norm in (block.input_layernorm, block.post_attention_layernorm):
-            norm.register_forward_hook(lambda _module, _inputs, out: results.append(weakref.ref(out)))
+        # hooks of the layer norms themselves would keep transformers' way
+        for reader in (block.self_attention.query_key_value, block.mlp):
+            reader.register_forward_pre_hook(lambda _module, inputs: results.append(weakref.ref(inputs[0])))
     loss = model(tokens(2, 32), labels=tokens(2, 32)).loss
     assert len(results) == 2 * len(model.transformer.h)
     assert loss.requires_grad

@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 import signal
@@ -9,15 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bloomft import token_cache
 from bloomft.documents import INSTALLED_READMES
 from bloomft.errors import UserError
-from bloomft.token_cache import build_token_cache, cut_text
+from bloomft.text_pieces import cut_text
+from bloomft.token_cache import build_token_cache
 
 ROOT = Path(token_cache.__file__).parents[1]
 TEXTS = ["The first text.\nIt has lines, two of them.\n", "Der zweite, grün und süß 😀.", "x"]
@@ -436,45 +434,6 @@ def test_a_progress_bar_on_a_terminal(texts, tokenizer, monkeypatch, capsys):
     assert "tokenizing" in capsys.readouterr().err
 
 
-PRE_TOKENIZERS = {
-    "bloom": bloom_pre_tokenizer,
-    "gpt2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-}
-FRAGMENTS = [
-    *"a1é😀.(|[]…\"'\n\t ",
-    "word",
-    " two",
-    "\n\n",
-    " \n",
-    "\r\n",
-    "  ",
-    "\n    ",
-    "'s",
-    "\u3000",
-    "\x1c",
-]
-
-
-@pytest.fixture(scope="module", params=PRE_TOKENIZERS)
-def any_backend(request):
-    return train_tokenizer(PRE_TOKENIZERS[request.param](), vocabulary=900)
-
-
-@settings(max_examples=200, deadline=None)
-@given(parts=st.lists(st.sampled_from(FRAGMENTS), max_size=60), limit=st.integers(2, 30))
-def test_cutting_keeps_the_text_and_safe_cuts_the_tokens(any_backend, parts, limit):
-    text = "".join(parts)
-    pieces = list(cut_text(text, limit))
-    assert "".join(pieces) == text
-    assert all(0 < len(piece) <= limit for piece in pieces)
-    whole = any_backend.encode(text, add_special_tokens=False).ids
-    for cut, piece in zip(itertools.accumulate(map(len, pieces)), pieces[:-1], strict=False):
-        # A piece below the limit ended at a safe place.
-        if len(piece) < limit:
-            left, right = any_backend.encode_batch([text[:cut], text[cut:]], add_special_tokens=False)
-            assert left.ids + right.ids == whole
-
-
 def test_a_long_document_is_cut_and_comes_out_whole(texts, tokenizer, monkeypatch):
     monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", 64)
     monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 256)
@@ -482,8 +441,44 @@ def test_a_long_document_is_cut_and_comes_out_whole(texts, tokenizer, monkeypatc
     rows = [{"text": text}, {"prompt": text, "response": text[:1000]}]
     Path("long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     cache = build(tokenizer, ["long.jsonl"])
-    assert len(list(cut_text(text, 64))) > 50
+    assert len(list(cut_text(text, 64, ()))) > 50
     tokens, prompt_length = cache.document(1)
     assert tokenizer.decode(cache.document(0)[0]) == text + "</s>"
     assert tokenizer.decode(tokens[:prompt_length]) == text
     assert tokenizer.decode(tokens[prompt_length:]) == text[:1000] + "</s>"
+
+
+def ends_added_by_a_post_processor(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A </s>", special_tokens=[("<pad>", 1), ("</s>", 0)]
+    )
+    assert tokenizer("x")["input_ids"][-1] == 0
+
+
+@pytest.mark.parametrize("prepare", [damage_nothing, ends_added_by_a_post_processor])
+@pytest.mark.parametrize("piece", [4, 1 << 13])
+def test_a_document_ends_with_one_end_of_text(texts, tokenizer, monkeypatch, prepare, piece):
+    prepare(tokenizer)
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", piece)
+    monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 2 * piece)
+    parts = [
+        ("", "A boat."),
+        ("", "A boat.</s>"),
+        ("", "A boat." + "</s>" * 5),
+        ("", "A</s>boat</s></s>."),
+        ("", "A boat.</s>\n"),
+        ("", "</s>"),
+        ("Who?</s>", "A boat"),
+        ("Who?", " A boat</s>"),
+        ("Who?</s></s>", "</s></s>"),
+    ]
+    rows = [{"prompt": prompt, "response": text} for prompt, text in parts]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cache = build(tokenizer, ["rows.jsonl"])
+    assert cache.num_documents == len(parts)
+    for index, (prompt, text) in enumerate(parts):
+        tokens, prompt_length = cache.document(index)
+        while text.endswith("</s>"):
+            text = text.removesuffix("</s>")
+        assert tokens.tolist() == expected(tokenizer, text, prompt)
+        assert prompt_length == len(expected(tokenizer, prompt)) - 1
