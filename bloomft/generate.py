@@ -22,6 +22,7 @@ from transformers import BloomForCausalLM, GenerationConfig, PreTrainedTokenizer
 
 from bloomft.adapters import CONFIG_NAME, load_peft_adapter, load_peft_config
 from bloomft.arguments import split_overrides
+from bloomft.base_identity import check_adapter_base, check_merged_base
 from bloomft.checkpoint import find_checkpoint, load_checkpoint
 from bloomft.config import Config, ModelConfig, TransformerConfig, load_config
 from bloomft.errors import UserError, run_command
@@ -129,6 +130,7 @@ def load_for_generation(
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         return _load_adapter_folder(config, path)
     if path.is_dir():
+        check_merged_base(path, config.model.transformer)
         return _load_folder(str(path), config.train.device)
     state = load_checkpoint(path)
     base = load_base(config.model.transformer)
@@ -148,6 +150,8 @@ def _fused(base: Base, device: str) -> tuple[BloomForCausalLM, PreTrainedTokeniz
 def _load_adapter_folder(config: Config, folder: Path) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
     shape = ModelConfig(config.model.transformer, load_peft_config(folder))
     base = load_base(config.model.transformer)
+    if (note := check_adapter_base(folder, config.model.transformer, base.fingerprint)) is not None:
+        print(note, file=sys.stderr)
     model = patch_base(base, shape, pick_device(config.train.device), base.dtype)
     load_peft_adapter(model, folder)
     return model.eval(), base.tokenizer

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from transformers import TextStreamer
+from transformers import BloomForCausalLM, TextStreamer
 
 from bloomft import export
 from bloomft.config import load_config
@@ -175,3 +175,18 @@ def test_ends_of_text_that_are_no_token_ids(model_with, ends):
     with pytest.raises(UserError, match=r"generation_config.json: .*eos_token_id") as caught:
         generate(*model_with({"eos_token_id": ends}), PROMPT, Sampling(2))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_an_export_is_read_with_its_own_base_alone(trained, say, base_folder, tmp_path, kind):
+    path, _ = trained
+    export.main([path, "last.ckpt", "--format", kind])
+    other = tmp_path / "other base"
+    shutil.copytree(base_folder, other)
+    model = BloomForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] += 1
+    model.save_pretrained(other)
+    with pytest.raises(UserError, match="base"):
+        say(path, kind, f"model.transformer.pretrained_model_name_or_path={other}")
+    assert say(path, kind).startswith("# Usage")
