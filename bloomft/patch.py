@@ -38,8 +38,9 @@ def patch_bloom(
     Afterwards only ``lora_a`` and ``lora_b`` (float32) require gradients. In training mode with labels the
     loss is computed without logits, see `FusedBloomForCausalLM`. Returns the same model.
 
-    A block, an attention or another module of a class of its own, or with a forward of its own, keeps it, and
-    so does the path to it; hooks run as they do without the patch.
+    A block, an attention or another module that is not exactly BLOOM's class, or whose forward was replaced,
+    keeps its forward; where the fused path would go around it, transformers' own is taken. Hooks run as they
+    do without the patch.
 
     Raises:
         TypeError: not a BloomForCausalLM, or a subclass.

@@ -113,7 +113,7 @@ ATTACHMENTS = [
 
 
 def outcome(model: BloomForCausalLM) -> dict[str, torch.Tensor]:
-    """Logits, loss and what the loss is to its own embeddings, in training mode."""
+    """Loss, its gradient for the embeddings, logits in both modes, and generated tokens."""
     ids = tokens(2, 13)
     embeddings = model.transformer.word_embeddings(ids).detach().requires_grad_()
     loss = model.train()(inputs_embeds=embeddings, labels=ids).loss

@@ -215,7 +215,7 @@ def test_results_of_layer_norms_do_not_wait_for_the_backward_pass(model):
     with_trained_adapters(model).train()
     results = []
     for block in model.transformer.h:
-        # hooks of the layer norms themselves would keep transformers' way
+        # not on the layer norms: results of a module with hooks are kept
         for reader in (block.self_attention.query_key_value, block.mlp):
             reader.register_forward_pre_hook(lambda _module, inputs: results.append(weakref.ref(inputs[0])))
     loss = model(tokens(2, 32), labels=tokens(2, 32)).loss
