@@ -19,6 +19,7 @@ from benchmarks.gpu_check.items import all_items
 from benchmarks.gpu_check.pool import Item, Setting
 from bloomft import fused_model
 from bloomft.checkpoint import TrainingState, save_checkpoint
+from bloomft.config import config_to_yaml, load_config
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -245,10 +246,11 @@ def test_of_others_warnings_a_choice_knows_nothing(monkeypatch, tmp_path):
 def test_a_resumed_run_in_other_bits_is_found(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, job_items.STEPS + 1)]
     adapter = torch.linspace(1, 2, 6)[None]
+    config = job_items.write_config(Setting("cpu", True, tmp_path), tmp_path, tmp_path, "fp32", False)
     written = {
         "step": job_items.STEPS, "position": 0, "scheduler": {"last_epoch": 1}, "scaler": {},
         "rng": {"cpu": torch.get_rng_state()}, "window": {"loss": 0.0, "labels": 0}, "base_eval_loss": None,
-        "config": "{optim: {scheduler: {name: linear}}, train: {batch_size: 1}}", "lora": {"lora_dim": 1},
+        "config": config_to_yaml(load_config(config)), "lora": {"lora_dim": 1},
         "base": {"name": "a base", "fingerprint": "0"}, "data": "rows",
     }  # fmt: skip
 
