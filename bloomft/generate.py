@@ -90,7 +90,7 @@ def _generation_config(
         if end is not None and type(end) is not int:
             raise UserError(f"generation_config.json: eos_token_id is {own!r}; expected token ids")
     # The tokenizer's too: training ends every document with it.
-    ids = {tokenizer.eos_token_id, *ends} & set(range(model.config.vocab_size))
+    ids = {end for end in (tokenizer.eos_token_id, *ends) if end in range(model.config.vocab_size)}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=sorted(ids) or None,
