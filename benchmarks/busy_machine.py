@@ -32,8 +32,8 @@ def measure_steps(seconds: float) -> list[float]:
     import torch
     from transformers import BloomConfig, BloomForCausalLM
 
-    from bloomft.patch import patch_bloom
-    from bloomft.runtime import setup_process
+    from bloomft.model.patch import patch_bloom
+    from bloomft.process import setup_process
 
     setup_process()
     torch.manual_seed(0)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from bloomft.threads import share_cores
+from bloomft.process import share_cores
 
 share_cores()  # before torch is imported
 
-from bloomft.runtime import setup_process  # noqa: E402
+from bloomft.process import setup_process  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bloomft.runtime import release_freed_memory
+from bloomft.process import release_freed_memory
 
 
 def resident() -> int:

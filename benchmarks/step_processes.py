@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import process_memory
 from benchmarks.baselines.bloom_step import Shape, make_attention_products, make_gemms, make_step
-from bloomft.runtime import release_freed_memory
+from bloomft.process import release_freed_memory
 
 GEMMS = "frozen products alone"
 ATTENTION = "attention's products alone"

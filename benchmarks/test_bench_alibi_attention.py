@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import interleave, process_memory
 from benchmarks.baselines import attention as baselines
-from bloomft.runtime import setup_process
+from bloomft.process import setup_process
 from lorakernels import alibi_attention, alibi_slopes
 from lorakernels.dispatch import dtype_name
 from lorakernels.ops.alibi_attention.reference import alibi_attention_reference

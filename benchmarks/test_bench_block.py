@@ -15,8 +15,8 @@ from torch import nn
 from benchmarks import interleave, process_memory
 from benchmarks.baselines import bloom_step
 from benchmarks.step_processes import ATTENTION, GEMMS
-from bloomft.fused_model import compile_blocks
-from bloomft.runtime import setup_process
+from bloomft.model.fused_classes import compile_blocks
+from bloomft.process import setup_process
 from lorakernels.tolerance import relative_error
 
 SHAPE = bloom_step.Shape(layers=1, vocab_size=512)

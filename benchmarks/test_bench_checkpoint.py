@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import interleave
-from bloomft.checkpoint import FORMAT, LAST, TrainingState, load_checkpoint, save_checkpoint
+from bloomft.run.checkpoint import FORMAT, LAST, TrainingState, load_checkpoint, save_checkpoint
 
 LAYERS, WIDTH, RANK = 30, 4096, 16
 OURS, PLAIN = "bloomft", "torch, not synced"

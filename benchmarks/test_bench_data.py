@@ -12,9 +12,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import interleave
-from bloomft.data import PackedDataset, pack_lengths
-from bloomft.documents import ReadReport
-from bloomft.token_cache import TokenCache, build_token_cache
+from bloomft.data.documents import ReadReport
+from bloomft.data.rows import PackedDataset, pack_lengths
+from bloomft.data.token_cache import TokenCache, build_token_cache
 
 TEXT_BYTES = 4_000_000
 MAX_LENGTH = 2048

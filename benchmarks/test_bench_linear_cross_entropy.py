@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import interleave, process_memory
 from benchmarks.baselines import cross_entropy as baselines
-from bloomft.runtime import release_freed_memory, setup_process
+from bloomft.process import release_freed_memory, setup_process
 from lorakernels import cpu_gemm, linear_cross_entropy
 from lorakernels.dispatch import dtype_name
 from lorakernels.ops.linear_cross_entropy import check

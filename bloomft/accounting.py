@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import BloomForCausalLM
 
-from bloomft.data import IGNORE_INDEX, PADDING_ID
-from bloomft.patch import adapted_layers
+from bloomft.batch import IGNORE_INDEX, PADDING_ID
+from bloomft.model.patch import adapted_layers
 from lorakernels import cpu_gemm
 
 FIRST_PROJECTION = "h.0.self_attention.query_key_value"

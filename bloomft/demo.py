@@ -5,13 +5,12 @@ this environment, and shows held-out losses and one prompt completed before and 
 """
 
 if __name__ == "__main__":
-    from bloomft.threads import share_cores
+    from bloomft.process import share_cores
 
     share_cores()  # before torch is imported
 
-
+import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,14 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from bloomft.config import load_config
-from bloomft.errors import UserError, run_command
-from bloomft.generate import Sampling, generate, load_for_generation
-from bloomft.model import quiet_transformers
-from bloomft.runtime import setup_process
-from bloomft.signals import EXIT_STOPPED
-from bloomft.train import train
+from bloomft.command_line import call_command, run_command
+from bloomft.config.loading import load_config
+from bloomft.errors import UserError
+from bloomft.model.base import quiet_transformers
+from bloomft.process import setup_process
+from bloomft.run.checkpoint import LAST, load_checkpoint
+from bloomft.run.generation import Sampling, generate, load_for_generation
+from bloomft.run.log import METRICS
 
 CONFIG = "configs/bloom-tiny.yaml"
 PROMPT = "# tinyfetch\n\n## Installation\n\n"
@@ -40,30 +40,36 @@ def main(arguments: Sequence[str]) -> None:
     setup_process()
     quiet_transformers()
     console = Console(highlight=False)
-    config = load_config(CONFIG, arguments)
-    result = train(config)
-    if result.stopped:
-        sys.exit(EXIT_STOPPED)
-    if result.eval_loss is None or result.base_eval_loss is None:
-        raise UserError(f"{CONFIG}: nothing is held out, so there is no loss to compare")
+    run_dir = Path(load_config(CONFIG, arguments).train.output_dir)
+    call_command("train", [CONFIG, *arguments])
+    base_loss, loss = _held_out_losses(run_dir)
 
     sampling = Sampling(max_new_tokens=90, temperature=0.7, top_p=0.9, seed=1)
-    checkpoint = str(result.run_dir / "last.ckpt")
+    checkpoint = str(run_dir / LAST)
     for title, source in (("the base writes", None), ("after fine-tuning", checkpoint)):
         model, tokenizer = load_for_generation(CONFIG, source, arguments)
         text = PROMPT + generate(model, tokenizer, PROMPT, sampling)
         console.print(Panel(text, title=title, title_align="left"), markup=False)
 
     table = Table("held-out READMEs", "loss (nats a token)", "perplexity", title_justify="left")
-    for name, loss in (("base", result.base_eval_loss), ("after fine-tuning", result.eval_loss)):
-        table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.1f}")
+    for name, value in (("base", base_loss), ("after fine-tuning", loss)):
+        table.add_row(name, f"{value:.4f}", f"{math.exp(value):.1f}")
     console.print(table)
-    console.print(f"{time.perf_counter() - start:.0f} s in all; the run is in {result.run_dir}/. Next:")
+    console.print(f"{time.perf_counter() - start:.0f} s in all; the run is in {run_dir}/. Next:")
     for command in (
         f'python -m bloomft.generate {CONFIG} last.ckpt --prompt "# My project"',
         f"python -m bloomft.export {CONFIG} last.ckpt",
     ):
         console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def _held_out_losses(run_dir: Path) -> tuple[float, float]:
+    """Of the base and after the last step, as the run has left them in its folder."""
+    before = load_checkpoint(run_dir / LAST).base_eval_loss
+    last = json.loads((run_dir / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+    if before is None or "eval_loss" not in last:
+        raise UserError(f"{CONFIG}: nothing is held out, so there is no loss to compare")
+    return before, last["eval_loss"]
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@
 """
 
 if __name__ == "__main__":
-    from bloomft.threads import share_cores
+    from bloomft.process import share_cores
 
     share_cores()  # before torch is imported
-
 
 import argparse
 import dataclasses
@@ -22,19 +21,20 @@ import torch
 from torch import Tensor
 from transformers import BloomForCausalLM
 
-from bloomft.adapters import save_peft_adapter
-from bloomft.arguments import parse_command
-from bloomft.base_identity import EXPORT_MARK, base_identity, check_base
-from bloomft.checkpoint import TrainingState, find_checkpoint, load_checkpoint
-from bloomft.config import Config, LoraConfig
-from bloomft.data import IGNORE_INDEX
-from bloomft.early_checks import check_folder, check_memory
-from bloomft.errors import UserError, run_command
-from bloomft.files import folder_written_aside
-from bloomft.model import Base, load_base, patch_base, quiet_transformers
-from bloomft.patch import fuse_bloom, load_adapter_state, unfuse_bloom, unpatch_bloom
-from bloomft.runtime import pick_device, setup_process
-from bloomft.train import evaluate, load_data
+from bloomft.batch import IGNORE_INDEX
+from bloomft.command_line import parse_command, run_command
+from bloomft.config.keys import Config
+from bloomft.data.loading import load_data
+from bloomft.errors import UserError
+from bloomft.files import check_folder, folder_written_aside
+from bloomft.model.base import Base, load_base, quiet_transformers
+from bloomft.model.base_identity import EXPORT_MARK
+from bloomft.model.patch import fuse_bloom, unfuse_bloom, unpatch_bloom
+from bloomft.model.peft_format import save_peft_adapter
+from bloomft.process import pick_device, setup_process
+from bloomft.run.checkpoint import find_checkpoint, load_checkpoint
+from bloomft.run.evaluation import evaluate
+from bloomft.run.trained_model import load_trained
 
 
 @dataclass
@@ -56,26 +56,6 @@ class MergeShift:
     transformers_loss: float | None
 
 
-def restore(config: Config, state: TrainingState, path: Path, base: Base):
-    """The patched model of a checkpoint, in the base's stored dtype, in eval mode.
-
-    The adapters' shape comes from the checkpoint, whatever ``config`` says of it by now. Raises `UserError`
-    if the base is not the one that the checkpoint was trained on.
-    """
-    check_base(state.base, config.model.transformer, base.fingerprint, path)
-    try:
-        config.model.lora = LoraConfig(**state.lora)
-        model = patch_base(base, config.model, pick_device(config.train.device), base.dtype)
-        load_adapter_state(model, state.adapters)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
-    if bad := [name for name, value in state.adapters.items() if not value.isfinite().all()]:
-        raise UserError(
-            f"{path}: {bad[0]} is not finite ({len(bad)} adapter tensors); take an earlier checkpoint"
-        )
-    return model.eval()
-
-
 def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeShift | None:
     """Write ``output`` from ``checkpoint``; ``kind`` is "merged" or "adapter".
 
@@ -87,11 +67,10 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
     kept = (Path.cwd(), checkpoint, Path(base_name))
     _check_output(output, kept)
     check_folder(output)
-    pick_device(config.train.device)  # it is there, before a base is loaded
+    device = pick_device(config.train.device)  # it is there, before a base is loaded
     state = load_checkpoint(checkpoint)
     base = load_base(config.model.transformer)
-    check_memory(config, base.model)
-    model = restore(config, state, checkpoint, base)
+    model = load_trained(base, state, checkpoint, device)
     shift = None
     if kind == "merged":
         model, shift = _merge(config, base, model, checkpoint)
@@ -102,7 +81,7 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
         else:
             save_peft_adapter(model, scratch, base.location, config.model.transformer.revision)
         about = {"checkpoint": checkpoint.name, "step": state.step, "format": kind}
-        about["base"] = base_identity(config.model.transformer, base.fingerprint)
+        about["base"] = base.identity
         about["files"] = sorted(path.name for path in scratch.iterdir())
         (scratch / EXPORT_MARK).write_text(json.dumps(about, indent=2) + "\n")
         _check_output(output, kept)  # loading took a while
@@ -144,7 +123,7 @@ def _merge(
 ) -> tuple[BloomForCausalLM, MergeShift]:
     """Plain transformers with the adapters in its weights, and how far that moved it."""
     try:
-        _, heldout, _ = load_data(config, base)
+        heldout = load_data(config.data, base.tokenizer).heldout
     except UserError as error:
         print(f"held-out loss is not compared: {error}")
         heldout = None

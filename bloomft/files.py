@@ -40,6 +40,23 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` unless ``folder``, or the nearest folder above it that exists, can be written."""
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be a folder: {error.strerror}") from error
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"{folder}: cannot be written: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written: no permission to write into {nearest}")
+
+
 def remove_unfinished(folder: Path, names: re.Pattern[str]) -> None:
     """Remove what a killed `write_atomically` of a file in ``folder`` left, if ``names`` matches that file.
 

@@ -4,157 +4,21 @@ Without CHECKPOINT it shows what the base writes, for comparison. The same seed 
 """
 
 if __name__ == "__main__":
-    from bloomft.threads import share_cores
+    from bloomft.process import share_cores
 
     share_cores()  # before torch is imported
 
-
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-from transformers import BloomForCausalLM, GenerationConfig, PreTrainedTokenizerFast, TextStreamer
+from transformers import TextStreamer
 
-from bloomft.adapters import CONFIG_NAME, load_peft_adapter, load_peft_config
-from bloomft.arguments import split_overrides
-from bloomft.base_identity import check_adapter_base, check_merged_base
-from bloomft.checkpoint import find_checkpoint, load_checkpoint
-from bloomft.config import Config, ModelConfig, TransformerConfig, load_config
-from bloomft.errors import UserError, run_command
-from bloomft.export import restore
-from bloomft.model import Base, load_base, patch_base, quiet_transformers
-from bloomft.patch import fuse_bloom
-from bloomft.runtime import pick_device, setup_process
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; a temperature of 0 takes the likeliest token each time."""
-
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int = 0
-
-
-def generate(
-    model: BloomForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    prompt: str,
-    sampling: Sampling,
-    streamer: TextStreamer | None = None,
-) -> str:
-    """The continuation of ``prompt``, without the prompt and without special tokens.
-
-    It ends with the tokenizer's end of text or one that the model's generation_config names, or after
-    ``sampling.max_new_tokens``; nothing else of that generation_config has an effect. A ``streamer`` is
-    given the text as it comes. Raises `UserError` for a prompt without a single token and for ends of text
-    that are not token ids.
-    """
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    if encoded["input_ids"].shape[1] == 0:
-        raise UserError("--prompt: expected at least one character")
-    input_ids = encoded["input_ids"].to(model.device)
-    settings = _generation_config(model, tokenizer, sampling)
-    torch.manual_seed(sampling.seed)
-    with torch.no_grad(), _in_place_of_its_own(settings, model):
-        output = model.generate(
-            input_ids,
-            generation_config=settings,
-            attention_mask=torch.ones_like(input_ids),
-            streamer=streamer,
-        )
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
-
-
-def _generation_config(
-    model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling
-) -> GenerationConfig:
-    """What ``sampling`` says, and of the model's own generation_config its ends of text."""
-    drawing = {"do_sample": False}
-    if sampling.temperature > 0:
-        drawing = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-        }
-    own = model.generation_config.eos_token_id
-    ends = own if isinstance(own, list) else [own]
-    for end in ends:
-        if end is not None and type(end) is not int:
-            raise UserError(f"generation_config.json: eos_token_id is {own!r}; expected token ids")
-    # The tokenizer's too: training ends every document with it.
-    ids = {end for end in (tokenizer.eos_token_id, *ends) if end in range(model.config.vocab_size)}
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=sorted(ids) or None,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **drawing,
-    )
-
-
-@contextlib.contextmanager
-def _in_place_of_its_own(settings: GenerationConfig, model: BloomForCausalLM) -> Iterator[None]:
-    """``model.generate`` fills whatever the configuration that it is given leaves open from the model's."""
-    own = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def load_for_generation(
-    source: str, checkpoint: str | None, overrides: Sequence[str] = ()
-) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
-    """Model in eval mode and tokenizer.
-
-    ``source`` is a configuration or a folder with a merged model. ``checkpoint`` is None (the base alone), a
-    checkpoint, or an exported folder: an adapter's is put on the base, a merged one stands for itself.
-    """
-    if os.path.isdir(source):  # unlike Path.is_dir no error for a name that is too long
-        if checkpoint is not None or overrides:
-            raise UserError(f"{source}: a folder stands for itself; no checkpoint and no key=value beside it")
-        return _load_folder(source, "auto")
-    config = load_config(source, overrides)
-    pick_device(config.train.device)  # it is there, before a base is loaded
-    if checkpoint is None:
-        return _fused(load_base(config.model.transformer), config.train.device)
-    path = find_checkpoint(checkpoint, Path(config.train.output_dir))
-    if path.is_dir() and (path / CONFIG_NAME).is_file():
-        return _load_adapter_folder(config, path)
-    if path.is_dir():
-        check_merged_base(path, config.model.transformer)
-        return _load_folder(str(path), config.train.device)
-    state = load_checkpoint(path)
-    base = load_base(config.model.transformer)
-    return restore(config, state, path, base), base.tokenizer
-
-
-def _load_folder(folder: str, device: str) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
-    return _fused(load_base(TransformerConfig(pretrained_model_name_or_path=folder)), device)
-
-
-def _fused(base: Base, device: str) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
-    """A base without adapters in the fused parts that it is trained in, so that both write alike."""
-    model = base.model.to(pick_device(device)).requires_grad_(False)
-    return fuse_bloom(model).eval(), base.tokenizer
-
-
-def _load_adapter_folder(config: Config, folder: Path) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
-    shape = ModelConfig(config.model.transformer, load_peft_config(folder))
-    base = load_base(config.model.transformer)
-    if (note := check_adapter_base(folder, config.model.transformer, base.fingerprint)) is not None:
-        print(note, file=sys.stderr)
-    model = patch_base(base, shape, pick_device(config.train.device), base.dtype)
-    load_peft_adapter(model, folder)
-    return model.eval(), base.tokenizer
+from bloomft.command_line import run_command, split_overrides
+from bloomft.errors import UserError
+from bloomft.model.base import quiet_transformers
+from bloomft.process import setup_process
+from bloomft.run.generation import Sampling, generate, load_for_generation
 
 
 def main(arguments: Sequence[str]) -> None:

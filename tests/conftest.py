@@ -2,7 +2,7 @@
 
 import os
 
-from bloomft.threads import share_cores
+from bloomft.process import share_cores
 
 share_cores()  # before torch is imported
 

@@ -17,9 +17,9 @@ from benchmarks.gpu_check.__main__ import check, main
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.items import all_items
 from benchmarks.gpu_check.pool import Item, Setting
-from bloomft import fused_model
-from bloomft.checkpoint import TrainingState, save_checkpoint
-from bloomft.config import config_to_yaml, load_config
+from bloomft.config.loading import config_to_yaml, load_config
+from bloomft.model import fused_classes as fused_model
+from bloomft.run.checkpoint import TrainingState, save_checkpoint
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -18,9 +18,14 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
 
 from benchmarks.baselines.cross_entropy import row_chunks
 from benchmarks.baselines.rounded_model import round_modules
-from bloomft.fused_model import FUSED_CLASSES, FusedBloomAttention, FusedBloomForCausalLM, FusedBloomModel
-from bloomft.patch import adapted_layers, patch_bloom
-from bloomft.runtime import setup_process
+from bloomft.model.fused_classes import (
+    FUSED_CLASSES,
+    FusedBloomAttention,
+    FusedBloomForCausalLM,
+    FusedBloomModel,
+)
+from bloomft.model.patch import adapted_layers, patch_bloom
+from bloomft.process import setup_process
 from lorakernels import cpu_gemm
 
 RANK, SCALE = 8, 4.0

@@ -18,8 +18,8 @@ from transformers import BloomForCausalLM
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
 from bloomft import export, generate
-from bloomft.checkpoint import load_checkpoint
-from bloomft.tiny_base import TinyRecipe, tiny_base_folder
+from bloomft.model.tiny_base import TinyRecipe, tiny_base_folder
+from bloomft.run.checkpoint import load_checkpoint
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WAYS = (("bf16", True), ("bf16", False), ("fp16", False), ("fp32", False))

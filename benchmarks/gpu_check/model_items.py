@@ -12,8 +12,8 @@ from benchmarks.gpu_check.attention_items import packed_documents
 from benchmarks.gpu_check.dense_items import LOSS_SCALE
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
-from bloomft import fused_model
-from bloomft.patch import adapted_layers, patch_bloom
+from bloomft.model import fused_classes as fused_model
+from bloomft.model.patch import adapted_layers, patch_bloom
 from lorakernels.ops.lora_linear.reference import plain_lora_linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -8,7 +8,7 @@ import yaml
 from tokenizers import ByteLevelBPETokenizer
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from bloomft.model import quiet_transformers
+from bloomft.model.base import quiet_transformers
 
 SENTENCES = [
     "Install the package with pip and read the documentation.",

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bloomft.accounting import BatchCounts, StepCost, gemm_rate, peak_memory
-from bloomft.patch import patch_bloom
+from bloomft.model.patch import patch_bloom
 from tests.bloomft.conftest import tiny_model
 
 

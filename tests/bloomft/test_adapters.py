@@ -13,10 +13,10 @@ from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bloomft.adapters import load_peft_adapter, load_peft_config
 from bloomft.errors import UserError
-from bloomft.generate import load_for_generation
-from bloomft.patch import patch_bloom
+from bloomft.model.patch import patch_bloom
+from bloomft.model.peft_format import load_peft_adapter, load_peft_config
+from bloomft.run.generation import load_for_generation
 from tests.bloomft.test_patch import close, tokens
 
 

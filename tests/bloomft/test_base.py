@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM
 
-from bloomft import base_files
-from bloomft.base_files import fingerprint, remembered_fingerprint
-from bloomft.config import TransformerConfig
+from bloomft.config.keys import TransformerConfig
 from bloomft.errors import UserError
-from bloomft.model import load_base
+from bloomft.model import base_files
+from bloomft.model.base import load_base
+from bloomft.model.base_files import fingerprint, remembered_fingerprint
 from tests.bloomft.conftest import tiny_model
 
 

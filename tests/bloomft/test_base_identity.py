@@ -5,18 +5,19 @@ import json
 import pytest
 from peft import PeftConfig
 
-from bloomft.base_identity import (
+from bloomft.config.keys import TransformerConfig
+from bloomft.config.loading import load_config
+from bloomft.errors import UserError
+from bloomft.export import export
+from bloomft.model.base import load_base
+from bloomft.model.base_identity import (
     EXPORT_MARK,
     base_identity,
     check_adapter_base,
     check_base,
     check_merged_base,
 )
-from bloomft.checkpoint import load_checkpoint
-from bloomft.config import TransformerConfig, load_config
-from bloomft.errors import UserError
-from bloomft.export import export
-from bloomft.model import load_base
+from bloomft.run.checkpoint import load_checkpoint
 from bloomft.train import train
 from tests.bloomft.test_adapters import save_with_peft
 

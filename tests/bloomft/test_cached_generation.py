@@ -5,11 +5,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomForCausalLM, DynamicCache, StaticCache
 
-from bloomft import export, fused_model
-from bloomft.config import load_config
-from bloomft.fused_model import FusedBloomForCausalLM, FusedBloomModel
-from bloomft.generate import load_for_generation
-from bloomft.patch import fuse_bloom, unfuse_bloom
+from bloomft import export
+from bloomft.config.loading import load_config
+from bloomft.model import fused_classes as fused_model
+from bloomft.model.fused_classes import FusedBloomForCausalLM, FusedBloomModel
+from bloomft.model.patch import fuse_bloom, unfuse_bloom
+from bloomft.run.generation import load_for_generation
 from bloomft.train import train
 from lorakernels.ops.alibi_attention import aten, plain
 from lorakernels.tolerance import relative_error

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bloomft import checkpoint as checkpoint_module
-from bloomft.checkpoint import DamagedCheckpointError, load_checkpoint
-from bloomft.config import load_config
+from bloomft.config.loading import load_config
 from bloomft.errors import UserError
+from bloomft.run import checkpoint as checkpoint_module
+from bloomft.run.checkpoint import DamagedCheckpointError, load_checkpoint
 from bloomft.train import train
 
 SHORT = {"num_training_steps": 6, "num_warmup_steps": 2, "name": "linear"}

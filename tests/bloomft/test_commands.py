@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from bloomft import export, generate, train
-from bloomft.config import SCHEDULES, load_config
-from bloomft.early_checks import check_early
-from bloomft.errors import run_command
+from bloomft.command_line import run_command
+from bloomft.config.keys import SCHEDULES
+from bloomft.config.loading import load_config
+from bloomft.run.early_checks import check_early
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bloomft import config as config_module
-from bloomft.config import config_to_yaml, filename_patterns, load_config, reference_table
+from bloomft.config import loading as config_module
+from bloomft.config.keys import filename_patterns
+from bloomft.config.loading import config_to_yaml, load_config
+from bloomft.config.schema import reference_table
 from bloomft.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bloomft.config import Config, config_to_yaml, load_config
-from bloomft.config_yaml import InvalidYAMLError, read_yaml
+from bloomft.config.keys import Config
+from bloomft.config.loading import config_to_yaml, load_config
+from bloomft.config.yaml_text import InvalidYAMLError, read_yaml
 from bloomft.errors import UserError
 from tests.bloomft.test_config import SEED
 

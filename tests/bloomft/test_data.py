@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bloomft.data import PADDING_ID, PackedDataset, pack_lengths, split_documents
-from bloomft.documents import ReadReport
+from bloomft.batch import PADDING_ID
+from bloomft.data.documents import ReadReport
+from bloomft.data.rows import PackedDataset, pack_lengths, split_documents
+from bloomft.data.token_cache import TokenCache
 from bloomft.errors import UserError
-from bloomft.token_cache import TokenCache
 
 PAD = 7
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bloomft import documents
-from bloomft.documents import INSTALLED_READMES, Document, ReadReport, list_files, read_documents
+from bloomft.data import documents
+from bloomft.data.documents import INSTALLED_READMES, Document, ReadReport, list_files, read_documents
 from bloomft.errors import UserError
 
 

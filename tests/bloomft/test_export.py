@@ -10,14 +10,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM
 
 from bloomft import export as export_module
-from bloomft.adapters import adapted_layers, load_peft_adapter, load_peft_config
-from bloomft.checkpoint import load_checkpoint
-from bloomft.config import LoraConfig, load_config
+from bloomft.config.keys import LoraConfig
+from bloomft.config.loading import load_config
+from bloomft.data.loading import load_data
 from bloomft.errors import UserError
 from bloomft.export import export, main, restore
-from bloomft.model import load_base
-from bloomft.patch import adapter_state, patch_bloom
-from bloomft.train import load_data, train
+from bloomft.model.base import load_base
+from bloomft.model.patch import adapter_state, patch_bloom
+from bloomft.model.peft_format import adapted_layers, load_peft_adapter, load_peft_config
+from bloomft.run.checkpoint import load_checkpoint
+from bloomft.train import train
 
 IDS = torch.randint(4, 384, (3, 24), generator=torch.Generator().manual_seed(3))
 

@@ -12,8 +12,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import BloomForCausalLM, BloomModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomBlock, BloomGelu, BloomMLP
 
-from bloomft.adapters import adapted_layers
-from bloomft.patch import fuse_bloom, is_patched, patch_bloom, unfuse_bloom, unpatch_bloom
+from bloomft.model.patch import fuse_bloom, is_patched, patch_bloom, unfuse_bloom, unpatch_bloom
+from bloomft.model.peft_format import adapted_layers
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.test_patch import close, tokens
 

@@ -11,9 +11,10 @@ import transformers
 from transformers import BloomForCausalLM, TextStreamer
 
 from bloomft import export
-from bloomft.config import load_config
+from bloomft.config.loading import load_config
 from bloomft.errors import UserError
-from bloomft.generate import Sampling, generate, load_for_generation, main
+from bloomft.generate import generate, main
+from bloomft.run.generation import Sampling, load_for_generation
 from bloomft.train import train
 from tests.bloomft.conftest import tiny_model
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import BloomForCausalLM, Trainer, TrainingArguments
 
-from bloomft.fused_model import ignore_first_labels
-from bloomft.patch import fuse_bloom
+from bloomft.model.fused_classes import ignore_first_labels
+from bloomft.model.patch import fuse_bloom
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.test_patch import close, plain_twin, tokens, with_trained_adapters
 

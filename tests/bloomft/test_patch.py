@@ -11,9 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 
-from bloomft import fused_model
-from bloomft.fused_model import checkpoint_blocks, compile_blocks
-from bloomft.patch import (
+from bloomft.model import fused_classes as fused_model
+from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
+from bloomft.model.patch import (
     adapted_layers,
     adapter_state,
     fuse_bloom,

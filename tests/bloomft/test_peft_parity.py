@@ -5,11 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from bloomft.config import load_config
-from bloomft.model import load_base, patch_base
-from bloomft.patch import adapted_layers
-from bloomft.run_state import make_optimizer, make_scheduler
-from bloomft.train import load_data
+from bloomft.config.loading import load_config
+from bloomft.data.loading import load_data
+from bloomft.model.base import load_base, patch_base
+from bloomft.model.patch import adapted_layers
+from bloomft.run.optimization import make_optimizer
+from bloomft.run.state import make_scheduler
 
 STEPS = 20
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bloomft.checkpoint import load_checkpoint, save_checkpoint
-from bloomft.config import load_config
-from bloomft.data import PackedDataset
+from bloomft.config.loading import load_config
+from bloomft.data.rows import PackedDataset
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
+from bloomft.run.checkpoint import load_checkpoint, save_checkpoint
 from bloomft.train import train
 
 
@@ -67,7 +67,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(settings, config_path, tmp_path, monke
     settings["train"]["save_every_n_train_steps"] = 100
     config = load_config(config_path(settings))
 
-    from bloomft.run_log import RunLog
+    from bloomft.run.log import RunLog
 
     advance = RunLog.advance
 

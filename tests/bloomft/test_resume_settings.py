@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from bloomft.config import METRIC_SCHEDULES, SCHEDULES, load_config
+from bloomft.config.keys import METRIC_SCHEDULES, SCHEDULES
+from bloomft.config.loading import load_config
 from bloomft.errors import UserError
-from bloomft.patch import patch_bloom
-from bloomft.run_state import RunState
+from bloomft.model.patch import patch_bloom
+from bloomft.run.state import RunState
 from bloomft.train import train
 from tests.bloomft.conftest import tiny_model
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bloomft.config import load_config
+from bloomft.config.loading import load_config
 from bloomft.errors import UserError
-from bloomft.run_folder import LOCK, exclusive_folder
+from bloomft.run.folder import LOCK, exclusive_folder
 from bloomft.train import train
 
 

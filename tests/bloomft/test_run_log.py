@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bloomft.config import load_config
+from bloomft.config.loading import load_config
 from bloomft.errors import UserError
 from bloomft.files import AppendedFile
-from bloomft.run_log import RunLog, restore_kernel_choices
+from bloomft.run.log import RunLog, restore_kernel_choices
 from bloomft.train import train
 
 

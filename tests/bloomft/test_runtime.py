@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import process_memory
-from bloomft.runtime import release_freed_memory, setup_process
+from bloomft.process import release_freed_memory, setup_process
 
 
 def freed_blocks_still_resident() -> tuple[int, int]:

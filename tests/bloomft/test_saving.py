@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BloomForCausalLM
 from transformers.utils.hub import PushToHubMixin
 
-from bloomft.adapters import load_peft_adapter, load_peft_config
 from bloomft.errors import UserError
-from bloomft.patch import adapter_state, fuse_bloom, patch_bloom, unpatch_bloom
+from bloomft.model.patch import adapter_state, fuse_bloom, patch_bloom, unpatch_bloom
+from bloomft.model.peft_format import load_peft_adapter, load_peft_config
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.test_loss_of_the_caller import trainer
 from tests.bloomft.test_patch import close, tokens, with_trained_adapters

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.baselines.rounded_model import ROUNDINGS, gradient_bound, round_modules
-from bloomft.patch import adapted_layers, patch_bloom
+from bloomft.model.patch import adapted_layers, patch_bloom
 from lorakernels.tolerance import relative_error
 from tests.bloomft.conftest import tiny_model
 

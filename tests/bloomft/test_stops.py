@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from bloomft import train as train_module
-from bloomft.checkpoint import load_checkpoint
-from bloomft.config import load_config
-from bloomft.errors import run_command
-from bloomft.run_log import RunLog
-from bloomft.signals import Stopped, stop_signals
+from bloomft.command_line import run_command
+from bloomft.config.loading import load_config
+from bloomft.errors import Stopped
+from bloomft.run.checkpoint import load_checkpoint
+from bloomft.run.log import RunLog
+from bloomft.run.signals import stop_signals
 from bloomft.train import train
 
 
@@ -137,7 +138,7 @@ def test_a_stop_before_training_says_what_there_is(settings, command, monkeypatc
 
 
 def test_a_stop_while_tokenizing_ends_it_and_leaves_no_half_cache(command, settings, monkeypatch):
-    from bloomft import token_cache
+    from bloomft.data import token_cache
 
     signal_at(monkeypatch, signal.SIGTERM, token_cache, "_pieces", 3)
     assert command()[0] == 75

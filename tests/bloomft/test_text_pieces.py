@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bloomft import token_cache
+from bloomft.data import token_cache
+from bloomft.data.text_pieces import added_tokens_for_cutting, cut_text
+from bloomft.data.token_cache import build_token_cache
 from bloomft.errors import UserError
-from bloomft.text_pieces import added_tokens_for_cutting, cut_text
-from bloomft.token_cache import build_token_cache
 from tests.bloomft.test_token_cache import bloom_pre_tokenizer, train_tokenizer
 
 FRAGMENTS = [

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from bloomft import threads
+from bloomft import process as threads
 
 PRINT = """
 import os
-from bloomft.threads import share_cores
+from bloomft.process import share_cores
 share_cores()
 print(os.environ.get("GOMP_SPINCOUNT"))
 """
@@ -48,7 +48,7 @@ runpy.run_module("bloomft.{command}", run_name="__main__")
 
 
 def test_importing_the_package_changes_nothing():
-    code = "import os; before = dict(os.environ); import bloomft.patch; assert os.environ == before"
+    code = "import os; before = dict(os.environ); import bloomft.model.patch; assert os.environ == before"
     run(code)
 
 
@@ -75,6 +75,6 @@ def test_no_more_threads_than_usable_cores():
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import torch; torch.set_num_threads(8)\n"
-        "from bloomft.runtime import setup_process; setup_process(); print(torch.get_num_threads())"
+        "from bloomft.process import setup_process; setup_process(); print(torch.get_num_threads())"
     )
     assert run(code).strip() == "1"

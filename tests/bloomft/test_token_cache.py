@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bloomft import token_cache
-from bloomft.documents import INSTALLED_READMES
+from bloomft.data import token_cache
+from bloomft.data.documents import INSTALLED_READMES
+from bloomft.data.text_pieces import cut_text
+from bloomft.data.token_cache import build_token_cache
 from bloomft.errors import UserError
-from bloomft.text_pieces import cut_text
-from bloomft.token_cache import build_token_cache
 
 ROOT = Path(token_cache.__file__).parents[1]
 TEXTS = ["The first text.\nIt has lines, two of them.\n", "Der zweite, grün und süß 😀.", "x"]
@@ -228,7 +228,7 @@ import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
 from tokenizers import Tokenizer
-from bloomft import token_cache
+from bloomft.data import token_cache
 
 stage, tokenizer, pattern, cache_dir = sys.argv[1:]
 die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bloomft.checkpoint import load_checkpoint
-from bloomft.config import SCHEDULES, load_config
+from bloomft.config.keys import SCHEDULES
+from bloomft.config.loading import load_config
+from bloomft.data.loading import load_data
 from bloomft.errors import UserError
-from bloomft.model import load_base, patch_base
-from bloomft.run_state import make_optimizer
-from bloomft.train import evaluate, load_data, train
+from bloomft.model.base import load_base, patch_base
+from bloomft.run.checkpoint import load_checkpoint
+from bloomft.run.evaluation import evaluate
+from bloomft.run.optimization import make_optimizer
+from bloomft.train import train
 from lorakernels import cpu_gemm, dispatch
 
 
@@ -191,7 +194,7 @@ def test_held_out_loss_is_the_mean_over_labels(settings, config_path):
 def test_a_bounded_held_out_loss_is_the_same_for_every_batch_size(
     settings, config_path, monkeypatch, packing
 ):
-    monkeypatch.setattr("bloomft.data.EVAL_BATCH_TOKENS", 100)
+    monkeypatch.setattr("bloomft.data.rows.EVAL_BATCH_TOKENS", 100)
     settings["data"] |= {"packing": packing, "heldout_fraction": 0.5}
     config = load_config(config_path(settings))
     base = load_base(config.model.transformer)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from bloomft.config import LoraConfig
+from bloomft.config.keys import LoraConfig
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
 
-FORMAT = 2
+FORMAT = 3
 LAST = "last.ckpt"
+STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
 
 _DIGEST_MARK = b"bloomft blake2b "
 _DIGEST_BYTES = 32
@@ -47,6 +49,7 @@ class TrainingState:
         optimizer, scheduler, scaler: their state dicts; ``scaler`` is empty without fp16.
         rng: generator states by device, "cpu" and "cuda:<index>".
         window: loss sum and label count since the last line of metrics.jsonl.
+        kernels: which implementation each operator took; None in files of formats 1 and 2.
         base_eval_loss: held-out loss before the first step, None without held-out documents.
         config: the resolved configuration as YAML.
         lora: rank, scale and what else shapes the adapters.
@@ -62,6 +65,7 @@ class TrainingState:
     scaler: dict[str, Any]
     rng: dict[str, Tensor]
     window: dict[str, float]
+    kernels: dict[str, Any] | None
     base_eval_loss: float | None
     config: str
     lora: dict[str, Any]
@@ -83,9 +87,9 @@ def save_checkpoint(state: TrainingState, run_dir: Path, *, keep: bool) -> None:
 def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint onto the CPU.
 
-    Files of format 1, which counted micro-batches and had no hash of their own, are converted. Raises
-    `DamagedCheckpointError` if bytes have changed or it never was one, `UserError` if it cannot be read or
-    holds what no run writes.
+    Files of format 1, which counted micro-batches and had no hash of their own, and of format 2, which had no
+    kernel choices, are converted. Raises `DamagedCheckpointError` if bytes have changed or it never was one,
+    `UserError` if it cannot be read or holds what no run writes.
     """
     try:
         raw = path.read_bytes()
@@ -98,24 +102,34 @@ def load_checkpoint(path: Path) -> TrainingState:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes make the readers of zip and pickle raise anything
         raise DamagedCheckpointError(f"{path}: not a checkpoint of bloomft, or a damaged one") from error
-    names = {field.name for field in dataclasses.fields(TrainingState)}
-    if not isinstance(content, dict) or not names | {"format"} <= content.keys():
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is not int:
         raise UserError(f"{path}: not a checkpoint of bloomft")
-    if content["format"] not in (1, FORMAT):
-        raise UserError(
-            f"{path}: checkpoint format {content['format']!r:.40}; this program reads formats 1 and {FORMAT}"
-        )
-    if content["format"] == FORMAT and not has_digest:
+    if not 1 <= version <= FORMAT:
+        raise UserError(f"{path}: checkpoint format {version}; this program reads formats 1 to {FORMAT}")
+    if version > 1 and not has_digest:
         raise DamagedCheckpointError(f"{path}: a damaged checkpoint: the hash at its end is missing")
+    if version < 3:
+        content["kernels"] = None
+    names = {field.name for field in dataclasses.fields(TrainingState)}
+    if not names <= content.keys():
+        raise UserError(f"{path}: not a checkpoint of bloomft")
     wrong = [name for name, rule in _RULES.items() if not _holds(rule, content[name])]
     state = TrainingState(**{name: content[name] for name in names})
     if not wrong and not _ranks_agree(state):
         wrong = ["adapters"]
     if wrong:
         raise UserError(f"{path}: not a checkpoint of bloomft: no run writes such a value of {wrong[0]!r}")
-    if content["format"] == 1:
+    if version == 1:
         state.position *= yaml.safe_load(state.config)["train"]["batch_size"]
     return state
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """last.ckpt, then the step files of a run's folder from the latest to the first."""
+    steps = [(int(found[1]), path) for path in folder.iterdir() if (found := STEP_FILE.fullmatch(path.name))]
+    last = folder / LAST
+    return [last] * last.exists() + [path for _, path in sorted(steps, reverse=True)]
 
 
 def find_checkpoint(given: str, run_dir: Path) -> Path:
@@ -133,24 +147,8 @@ def find_checkpoint(given: str, run_dir: Path) -> Path:
     raise UserError(f"no checkpoint at {places}{there}")
 
 
-def rng_states() -> dict[str, Tensor]:
-    """States of torch's generators: the CPU's, and those of every CUDA device in use."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def restore_rng_states(states: dict[str, Tensor]) -> None:
-    """Put back what `rng_states` returned; states of devices that are not here are left out."""
-    torch.set_rng_state(states["cpu"])
-    for name, state in states.items():
-        if name != "cpu" and int(name.removeprefix("cuda:")) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, name)
-
-
 def _append_digest(buffer: io.BytesIO) -> None:
-    """Give the zip file in ``buffer`` its hash as the comment that the format has room for at the end."""
+    """Give the zip file in ``buffer`` its hash as the comment that its format allows at the end."""
     end = buffer.seek(-_ZIP_END_BYTES, os.SEEK_END)
     if bytes(buffer.getbuffer()[end : end + 4]) != _ZIP_END:
         raise RuntimeError("torch.save wrote a zip file that ends in another way than expected")
@@ -226,6 +224,7 @@ _RULES = {
     "scaler": lambda value: isinstance(value, dict),
     "rng": _is_rng,
     "window": lambda value: math.isfinite(value["loss"]) and _is_count(value["labels"]),
+    "kernels": lambda value: value is None or isinstance(value, dict),
     "base_eval_loss": lambda value: value is None or isinstance(value, float),
     "config": _is_config,
     "lora": _is_lora,

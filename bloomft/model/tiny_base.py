@@ -19,10 +19,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import ByteLevelBPETokenizer
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from bloomft.config import default_cache_dir
+from bloomft.config.keys import default_cache_dir
 from bloomft.errors import UserError
 from bloomft.files import folder_written_aside
-from bloomft.patch import fuse_bloom, unfuse_bloom
+from bloomft.model.patch import fuse_bloom, unfuse_bloom
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # BLOOM's own, under BLOOM's own ids
 

@@ -20,10 +20,12 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from bloomft.base_files import INDEX, check_tensors, damaged_file, remembered_fingerprint, weight_files
-from bloomft.config import ModelConfig, TransformerConfig, default_cache_dir
+from bloomft.config.keys import LoraConfig, TransformerConfig, default_cache_dir
 from bloomft.errors import UserError
-from bloomft.patch import patch_bloom
+from bloomft.model.base_files import INDEX, check_tensors, damaged_file, remembered_fingerprint, weight_files
+from bloomft.model.base_identity import base_identity
+from bloomft.model.patch import patch_bloom
+from bloomft.process import check_memory
 
 TINY_BASE = "builtin:tiny"
 
@@ -32,7 +34,8 @@ TINY_BASE = "builtin:tiny"
 class Base:
     """A frozen base model in its stored dtype, with the identity that checkpoints remember.
 
-    ``name`` is what the configuration says, ``location`` what ``from_pretrained`` was given.
+    ``name`` is what the configuration says, ``location`` what ``from_pretrained`` was given; ``identity`` is
+    name, revision, subfolder and fingerprint, see `base_identity`.
     """
 
     model: BloomForCausalLM
@@ -40,13 +43,7 @@ class Base:
     name: str
     location: str
     dtype: torch.dtype
-    fingerprint: str
-
-    @property
-    def pad_token_id(self) -> int:
-        """What fills the ends of rows; never attended to and never a label."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+    identity: dict[str, str | None]
 
 
 def load_base(config: TransformerConfig) -> Base:
@@ -83,19 +80,19 @@ def load_base(config: TransformerConfig) -> Base:
         if len(stored) > 1:
             *stored, dtype = (str(each).removeprefix("torch.") for each in (*sorted(stored, key=str), dtype))
             print(f"{name}: stored in {' and '.join(stored)}, loaded in {dtype}", file=sys.stderr)
-        identity = remembered_fingerprint(model, files, default_cache_dir())
+        fingerprint = remembered_fingerprint(model, files, default_cache_dir())
     except UserError:
         raise
     except Exception as error:  # whatever the parsers of transformers and tokenizers raise on a damaged file
         raise UserError(_not_loaded(name, folder, reading, error)) from error
-    return Base(model, tokenizer, name, location, model.dtype, identity)
+    return Base(model, tokenizer, name, location, model.dtype, base_identity(config, fingerprint))
 
 
 def _location(config: TransformerConfig) -> tuple[str, dict]:
     """What ``from_pretrained`` is given: a folder or a name on the hub, and the options beside it."""
     name = config.pretrained_model_name_or_path
     if name == TINY_BASE:
-        from bloomft.tiny_base import tiny_base_folder
+        from bloomft.model.tiny_base import tiny_base_folder
 
         return str(tiny_base_folder()), {}
     location = os.path.expanduser(name)
@@ -143,10 +140,24 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         )
 
 
-def patch_base(base: Base, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> BloomForCausalLM:
-    """Move the base to ``device`` and ``dtype`` and put fresh adapters in: the model that trains."""
+def patch_base(
+    base: Base, lora: LoraConfig, device: torch.device, dtype: torch.dtype, tokens: int = 1
+) -> BloomForCausalLM:
+    """Move the base to ``device`` and ``dtype`` and put fresh adapters in: the model that trains.
+
+    Raises `UserError` where adapters do not fit the model, or where the device has less memory than they and
+    the largest activation of ``tokens`` tokens take at the very least.
+    """
+    adapted = [
+        layer.in_features + layer.out_features
+        for name, layer in base.model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name.endswith(f".{lora.attention_layer_name}")
+    ]
+    # adapters with their gradient and two moments in float32; the feed-forward layer's input in 16 bits
+    check_memory(f"model.lora.lora_dim {lora.lora_dim}", 4 * 4 * lora.lora_dim * sum(adapted), device)
+    width = 4 * base.model.config.hidden_size
+    check_memory(f"train.batch_size x data.max_length ({tokens} tokens)", 2 * width * tokens, device)
     model = base.model.to(device=device, dtype=dtype)
-    lora = config.lora
     try:
         return patch_bloom(
             model,

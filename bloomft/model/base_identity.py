@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from bloomft.config import TransformerConfig
+from bloomft.config.keys import TransformerConfig
 from bloomft.errors import UserError
 
 EXPORT_MARK = "bloomft_export.json"
@@ -18,39 +18,37 @@ def base_identity(transformer: TransformerConfig, fingerprint: str) -> dict[str,
     return dict(zip(_NAMES, names, strict=True)) | {"fingerprint": fingerprint}
 
 
-def check_base(
-    known: Mapping[str, str | None], transformer: TransformerConfig, fingerprint: str, path: Path
-) -> None:
-    """Raise `UserError` unless the base of ``known``, which ``path`` holds, is this one, by its fingerprint.
+def check_base(known: Mapping[str, str | None], here: Mapping[str, str | None], path: Path) -> None:
+    """Raise `UserError` unless the base ``known``, which ``path`` holds, is the one ``here``, by fingerprint.
 
     Names alone neither pass nor fail: a folder moves, and a branch of the hub gets other weights.
     """
-    if len(known["fingerprint"]) != len(fingerprint):
+    if len(known["fingerprint"] or "") != len(here["fingerprint"] or ""):
         raise UserError(
             f"{path}: knows its base by a sample of the weights only, as earlier versions did; "
             "train.resume=never starts anew"
         )
-    if known["fingerprint"] != fingerprint:
-        here = base_identity(transformer, fingerprint)
+    if known["fingerprint"] != here["fingerprint"]:
         raise UserError(
             f"{path}: trained on the base model {_describe(known)}, but {_describe(here)} is another one"
         )
 
 
-def check_adapter_base(folder: Path, transformer: TransformerConfig, fingerprint: str) -> str | None:
+def check_adapter_base(folder: Path, here: Mapping[str, str | None]) -> str | None:
     """As `check_base` for a folder with an adapter; returns a line to print where the base is not known.
 
     That is so for adapters that other programs have written.
     """
     if (known := _exported_base(folder)) is not None:
-        return check_base(known, transformer, fingerprint, folder)
+        check_base(known, here, folder)
+        return None
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         said = _describe({"name": config["base_model_name_or_path"], "revision": config.get("revision")})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         said = "a base it does not name"
-    name = transformer.pretrained_model_name_or_path
-    return f"{folder}: made for {said}, without a fingerprint: not checked that {name} has the same weights"
+    same = f"not checked that {here['name']} has the same weights"
+    return f"{folder}: made for {said}, without a fingerprint: {same}"
 
 
 def check_merged_base(folder: Path, transformer: TransformerConfig) -> None:

@@ -2,23 +2,24 @@
 
 import json
 import math
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bloomft.config import Config, config_to_yaml, plain_values
+from bloomft.config.keys import Config
+from bloomft.config.loading import config_to_yaml
 from bloomft.errors import UserError
 from bloomft.files import AppendedFile, write_atomically
-from lorakernels import dispatch
+from bloomft.run.boards import WANDB_ID, open_board
+from lorakernels import kernel_report
 
-CONFIG, METRICS, KERNELS, WANDB_ID = "config.yaml", "metrics.jsonl", "kernels.json", "wandb-id"
-RUN_FILES = (CONFIG, METRICS, KERNELS, WANDB_ID)  # those that are replaced whole
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+RUN_FILES = (CONFIG, METRICS, WANDB_ID)  # those that are replaced whole
 
 
 class RunLog:
@@ -36,8 +37,8 @@ class RunLog:
         unreadable = _truncate_metrics(self.folder / METRICS, step)
         self._metrics = AppendedFile(self.folder / METRICS)
         self._log = AppendedFile(self.folder / "log")
-        self._kernels: dict[str, Any] = {}
-        self._board = _open_board(config, self.folder, step)
+        self._kernels = ""
+        self._board = open_board(config, self.folder, step)
         self._console = Console(stderr=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -101,15 +102,11 @@ class RunLog:
         if self._board is not None:
             self._board.write(step, values)
 
-    def record_kernels(self) -> None:
-        """Keep which implementation each operator took, before the step that used a new one counts.
-
-        A run that goes on from here reads them back and computes the same bits.
-        """
-        if (choices := dispatch.choices()) != self._kernels:
-            self._kernels = choices
-            write_atomically(self.folder / KERNELS, (json.dumps(choices, indent=1) + "\n").encode())
-            self._log.append(f"{dispatch.report()}\n")
+    def kernels(self) -> None:
+        """Which implementation each operator took, in the log file, where that is news."""
+        if (report := kernel_report()) != self._kernels:
+            self._kernels = report
+            self._log.append(f"{report}\n")
 
     def sync(self) -> None:
         """Make everything written so far durable; a checkpoint that follows may rely on it."""
@@ -117,17 +114,6 @@ class RunLog:
         self._log.sync()
         if self._board is not None:
             self._board.flush()
-
-
-def restore_kernel_choices(run_dir: Path) -> None:
-    """Repeat the choices between implementations that a run made; `UserError` if its file is damaged."""
-    path = run_dir / KERNELS
-    if not path.exists():
-        return
-    try:
-        dispatch.use_choices(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read back ({error}); remove it to measure anew") from error
 
 
 def _plain(value: float) -> float | int | None:
@@ -171,85 +157,3 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return at if type(at) is int else None
-
-
-class _Board(Protocol):
-    def write(self, step: int, values: dict[str, float]) -> None: ...
-    def flush(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Steps beyond the one to go on from were written before a crash and come again.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        import wandb
-
-        try:
-            self._run = wandb.init(
-                project="bloomft",
-                name=folder.name,
-                dir=str(folder),
-                config=config,
-                id=_wandb_id(folder),
-                resume="allow",
-            )
-        except wandb.Error as error:
-            raise UserError(
-                f"train.logger=wandb: {error}; log in with `wandb login`, or choose none"
-            ) from error
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def flush(self) -> None:
-        """W&B sends what it was given on its own."""
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _wandb_id(folder: Path) -> str:
-    """The id of this folder's W&B run: drawn once, so that a run that goes on stays one run there."""
-    path = folder / WANDB_ID
-    try:
-        known = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        known = ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not known:
-        known = secrets.token_hex(8)
-        write_atomically(path, f"{known}\n".encode())
-    return known
-
-
-def _open_board(config: Config, folder: Path, step: int) -> _Board | None:
-    name = config.train.logger
-    if name == "none":
-        return None
-    try:
-        if name == "tensorboard":
-            return _TensorBoard(folder, step)
-        return _Wandb(folder, plain_values(config))
-    except ImportError as error:
-        where = f"pip install 'bloomft[{name}]'"
-        raise UserError(
-            f"train.logger={name}: {error.name} is not installed; {where}, or choose none"
-        ) from error

@@ -6,14 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
-
-
-class Stopped(BaseException):
-    """A signal ended the work before its end; the text is one line and says what is saved.
-
-    No `Exception`, so that nothing which handles errors on the way takes it for one.
-    """
+from bloomft.errors import Stopped
 
 
 class StopRequest:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from bloomft.config import TARGETS, LoraConfig
+from bloomft.config.keys import TARGETS, LoraConfig
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
 from lorakernels import LoRALinear

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import BloomForCausalLM, BloomModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomBlock
 
-from bloomft.adapters import adapted_layers
-from bloomft.fused_model import FUSED_CLASSES
-from bloomft.plain_modules import has_hooks, replaced_method
+from bloomft.model.fused_classes import FUSED_CLASSES
+from bloomft.model.peft_format import adapted_layers
+from bloomft.model.plain_modules import has_hooks, replaced_method
 from lorakernels import LoRALinear, RowParts
 
 

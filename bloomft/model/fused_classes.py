@@ -1,4 +1,4 @@
-"""BLOOM's own classes with fused parts: subclasses that `bloomft.patch` swaps in and out of a live model."""
+"""BLOOM's own classes with fused parts: subclasses that `patch` swaps in and out of a live model."""
 
 import contextlib
 import functools
@@ -30,12 +30,12 @@ from transformers.models.bloom.modeling_bloom import (
 )
 from transformers.utils.deprecation import deprecate_kwarg
 
-from bloomft.adapters import adapted_layers, holds_adapters, save_peft_adapter
-from bloomft.data import IGNORE_INDEX
-from bloomft.document_bias import document_bias
+from bloomft.batch import IGNORE_INDEX
 from bloomft.files import make_folder
-from bloomft.plain_modules import is_plain
-from bloomft.runtime import release_freed_memory
+from bloomft.model.document_bias import document_bias
+from bloomft.model.peft_format import adapted_layers, holds_adapters, save_peft_adapter
+from bloomft.model.plain_modules import is_plain
+from bloomft.process import release_freed_memory
 from lorakernels import (
     AttentionMask,
     alibi_attention,

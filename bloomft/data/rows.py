@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from bloomft.data.token_cache import TokenCache
 from bloomft.errors import UserError
-from bloomft.token_cache import TokenCache
 
 IGNORE_INDEX = -100
 PADDING_ID = -1  # document id of padding: a run of its own, which attends to nothing real

@@ -32,7 +32,7 @@ from rich.progress import (
 )
 from tokenizers import Tokenizer
 
-from bloomft.documents import (
+from bloomft.data.documents import (
     INSTALLED_READMES,
     Document,
     ReadReport,
@@ -41,9 +41,9 @@ from bloomft.documents import (
     list_files,
     read_documents,
 )
+from bloomft.data.text_pieces import added_tokens_for_cutting, cut_text
 from bloomft.errors import UserError
 from bloomft.files import lock_file, sync_folder
-from bloomft.text_pieces import added_tokens_for_cutting, cut_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

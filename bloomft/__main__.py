@@ -1,0 +1,38 @@
+"""The ``bloomft`` command: ``bloomft train CONFIG`` is ``python -m bloomft.train CONFIG``, and so on."""
+
+import difflib
+from collections.abc import Sequence
+
+from bloomft.command_line import COMMANDS, call_command, run_command
+from bloomft.errors import UserError
+from bloomft.process import share_cores
+from bloomft.run.signals import watch_signals
+
+
+def main(arguments: Sequence[str]) -> None:
+    """COMMAND and what that command takes; ``--help`` lists the commands."""
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("-h", "--help"):
+        print("usage: bloomft COMMAND ...\n")
+        for command, meaning in COMMANDS.items():
+            print(f"  {command:10}{meaning}")
+        print("\nbloomft COMMAND --help tells what a command takes")
+        return
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        raise UserError(f"bloomft: no command {name!r:.80}; {hint}")
+    # before the command imports torch, which takes seconds and reads what share_cores sets
+    if name == "train":
+        watch_signals()
+    share_cores()
+    call_command(name, rest)
+
+
+def run() -> None:
+    """The entry point of the installed ``bloomft``."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,78 @@
+"""What the commands share: their names, options and overrides, and one way to end."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from bloomft.config.keys import Config
+from bloomft.config.loading import load_config
+from bloomft.errors import EXIT_MISTAKE, EXIT_STOPPED, Stopped, UserError
+
+# Each is a module of this package with a function main(arguments).
+COMMANDS = {
+    "train": "fine-tune BLOOM with LoRA, or go on where a run was stopped",
+    "export": "turn a checkpoint into a merged model or a PEFT adapter",
+    "generate": "write text with the base, a checkpoint or an exported model",
+    "demo": "all of it on a small embedded model, in a minute or two",
+}
+
+
+def call_command(name: str, arguments: Sequence[str]) -> None:
+    """What ``python -m bloomft.<name> *arguments`` does, in this process; ``name`` is one of `COMMANDS`."""
+    importlib.import_module(f"bloomft.{name}").main(arguments)
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Call ``main(sys.argv[1:])`` as the body of a program.
+
+    Exits with 2 and one line on stderr after a `UserError`, with 75 after a `Stopped`, with 130 after Ctrl-C
+    in a command that does not catch it.
+    """
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(EXIT_MISTAKE)
+    except Stopped as stopped:
+        print(_one_line(stopped), file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse_command(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, Config]:
+    """Parse ``arguments`` with ``parser``, whose ``config`` names a YAML file; load it with the overrides.
+
+    An override is a positional word ``a.b=value`` that is not the name of a file. Mistakes are `UserError`s.
+    """
+    options, overrides = split_overrides(parser, arguments)
+    return options, load_config(options.config, overrides)
+
+
+def split_overrides(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """As `parse_command`, but the configuration is the caller's to load."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{parser.prog}: {message}; see --help")
+
+    parser.error = refuse
+    words, overrides, expects_value = [], [], False
+    for word in arguments:
+        is_override = (
+            not word.startswith("-") and "=" in word and not expects_value and not os.path.exists(word)
+        )
+        (overrides if is_override else words).append(word)
+        expects_value = word.startswith("--") and "=" not in word
+    return parser.parse_intermixed_args(words), overrides
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,151 @@
+"""What the declarations of the keys say: types, bounds, and both in words.
+
+``python -m bloomft.config`` prints the reference table of the README.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from bloomft.config.keys import Config
+from bloomft.config.yaml_text import shown
+
+
+def reference_table() -> str:
+    """The configuration reference as a Markdown table, one row a key."""
+    rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for key in known_keys():
+        spec = field_of(key)
+        default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        text = "required" if default is dataclasses.MISSING else f"`{shown(default)}`"
+        rows.append(f"| `{key}` | {text} | {_bounds_text(spec)} | {spec.metadata['doc']} |")
+    return "\n".join(rows)
+
+
+def fields_of(node: type) -> dict[str, dataclasses.Field]:
+    """Name to field of every key or node below ``node``, one of the dataclasses of `keys`."""
+    return {spec.name: spec for spec in dataclasses.fields(node)}
+
+
+def known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
+    """The full path of every key below ``node``."""
+    for name, spec in fields_of(node).items():
+        if dataclasses.is_dataclass(spec.type):
+            yield from known_keys(spec.type, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def field_of(key: str) -> dataclasses.Field:
+    """The field of a key's full path; ``key[n]`` is the field of the whole list."""
+    node: Any = Config
+    for name in re.sub(r"\[\d+\]$", "", key).split("."):
+        spec = fields_of(node)[name]
+        node = spec.type
+    return spec
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Full path, field and value of every key below ``node``, an instance."""
+    for name, spec in fields_of(type(node)).items():
+        value = getattr(node, name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", spec, value
+
+
+def is_allowed(spec: dataclasses.Field, value: Any) -> bool:
+    """Whether ``value`` is within the bounds of its field; its type was settled before."""
+    rules = spec.metadata
+    items = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+    if not all(_is_plain(item) for item in items) or value == []:
+        return False
+    if value is None:
+        return True  # what a key without a default may not be, its type has refused before
+    if "choices" in rules:
+        known = [(type(choice), choice) for choice in rules["choices"]]
+        return len(set(items)) == len(items) and all((type(item), item) in known for item in items)
+    if "length" in rules and len(items) != rules["length"]:
+        return False
+    for number in items:
+        if "nonzero" in rules and number == 0:
+            return False
+        if "at_least" in rules and number < rules["at_least"]:
+            return False
+        if "above" in rules and number <= rules["above"]:
+            return False
+        if "at_most" in rules and number > rules["at_most"]:
+            return False
+        if "below" in rules and number >= rules["below"]:
+            return False
+    return True
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` is null, a boolean, a finite number of 64 bits, or text that a file can hold."""
+    if isinstance(value, str):
+        try:
+            return value.encode() != b"" and "\0" not in value
+        except UnicodeEncodeError:
+            return False
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _bounds_text(spec: dataclasses.Field) -> str:
+    rules = spec.metadata
+    if "choices" in rules:
+        return ", ".join(shown(choice) for choice in rules["choices"])
+    words = {
+        int: "integer",
+        float: "number",
+        bool: "true or false",
+        str: "text",
+        list[str]: "a list of texts",
+        list[float]: f"{rules.get('length', 'some')} numbers",
+    }
+    options = typing.get_args(spec.type) if isinstance(spec.type, types.UnionType) else (spec.type,)
+    options = [option for option in options if option is not types.NoneType]
+    text = " or ".join(words.get(option, "a mapping of names to numbers or texts") for option in options)
+    words = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
+    limits = [f"{sign} {_power(rules[name])}" for name, sign in words.items() if name in rules]
+    limits += ["≠ 0"] if "nonzero" in rules else []
+    return f"{text} {' and '.join(limits)}" if limits else text
+
+
+def _power(bound: float) -> str:
+    return f"2^{int(bound).bit_length() - 1}" if bound > 1e6 else str(bound)
+
+
+def describe_key(key: str) -> str:
+    """What a key means and what it may be, for a message."""
+    spec = field_of(key)
+    return f"{spec.metadata['doc']} ({_bounds_text(spec)})"
+
+
+def not_allowed(key: str, value: Any) -> str:
+    """Why ``value`` cannot be the key's, and what can."""
+    spec = field_of(key)
+    names = [choice for choice in spec.metadata.get("choices", ()) if isinstance(choice, str)]
+    match = difflib.get_close_matches(shown(value), names, n=1)
+    close = f"; did you mean {match[0]}?" if match else ""
+    return f"{shown(value)} is not allowed; allowed: {_bounds_text(spec)}{close}"
+
+
+def type_of_key(key: str) -> Any:
+    """The declared type of a key, of a node, or of the values of a mapping; None where there is none."""
+    kind: Any = Config
+    for name in key.split("."):
+        if dataclasses.is_dataclass(kind):
+            spec = fields_of(kind).get(name)
+            kind = spec and spec.type
+        else:
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    return kind

@@ -1,0 +1,1 @@
+"""Documents to tokens on disk, and tokens to rows."""

@@ -1,0 +1,119 @@
+"""Settings of the whole process: threads, memory, device.
+
+torch is imported inside the functions, since `share_cores` sets what torch reads when it is imported.
+"""
+
+import ctypes
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bloomft.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_CHOSEN_BY_THE_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+# of libgomp's own unit; on a quiet machine a step takes 0.8% longer than by default, with 1,000 9%
+SPIN_COUNT = 20_000
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads sleep soon while they wait for each other; to be called before torch is imported.
+
+    libgomp's spin for milliseconds by default. Where more threads are runnable than there are cores, one
+    that spins takes the time from the one that it waits for: beside one busy process a step takes many times
+    as long. `benchmarks/busy_machine.py` measures both. What the user has set in the environment stays.
+    """
+    if not any(name in os.environ for name in _CHOSEN_BY_THE_USER):
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+
+
+def setup_process() -> None:
+    """Prepare this process for training on a CPU; harmless on a GPU. Call it before any other torch work.
+
+    - Denormals are flushed to zero: ALiBi's steep heads push softmax weights into that range, where every
+      exp and GEMM crawls. The setting is per thread and inherited, hence before torch starts its thread pool.
+    - No more threads than cores that this process may use; fewer, where OMP_NUM_THREADS says so.
+    - glibc keeps large blocks instead of returning them to the kernel, which would hand out every activation
+      as fresh, unmapped pages again.
+    """
+    import torch
+
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    # The tokenizers' Rust pool warns at every fork after use; no fork here tokenizes.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def release_freed_memory() -> None:
+    """Give the pages of freed blocks back to the system, which `setup_process` lets glibc keep."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device of ``train.device``: "auto", "cpu" or "cuda". `UserError` for "cuda" where there is none."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device: cuda, but torch finds no CUDA device here; choose auto or cpu")
+    return torch.device(name)
+
+
+def pick_dtype(precision: str, device: "torch.device") -> "torch.dtype":
+    """The dtype of ``train.precision`` on ``device``: "auto" is bfloat16 on CUDA, float32 elsewhere."""
+    import torch
+
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def check_memory(what: str, least: int, device: "torch.device") -> None:
+    """Raise `UserError` naming ``what`` if it takes ``least`` bytes and ``device`` has less memory in all."""
+    import torch
+
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if least > total:
+        sizes = f"{least / 2**30:,.1f} GiB, there are {total / 2**30:,.1f}"
+        raise UserError(f"{what}: takes at least {sizes}; lower it")
+
+
+def usable_cores() -> int:
+    """How many cores this process may use: by its affinity (taskset) and its cgroup's quota (containers)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota(Path("/sys/fs/cgroup")))))
+
+
+def _quota(cgroup: Path) -> float:
+    """Cores that the cgroup mounted at this folder may keep busy; inf without a limit."""
+    try:  # version 2
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
+        except OSError:
+            return math.inf
+    try:
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (ValueError, ZeroDivisionError):
+        return math.inf  # "max"

@@ -1,0 +1,1 @@
+"""One training run: its state, its files and what it tells."""

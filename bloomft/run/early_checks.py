@@ -1,0 +1,39 @@
+"""What can be known to fail before a base model is loaded or downloaded."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from bloomft.config.keys import Config, filename_patterns
+from bloomft.data.documents import list_files
+from bloomft.errors import UserError
+from bloomft.files import check_folder
+from bloomft.process import check_memory
+from bloomft.run.optimization import check_schedule
+
+
+def check_early(config: Config) -> None:
+    """Raise `UserError` for a run that cannot succeed on this machine; takes milliseconds, writes nothing."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training runs in one process; start it without torchrun"
+        )
+    logger = config.train.logger
+    if logger not in ("none", *sys.modules) and importlib.util.find_spec(logger) is None:
+        where = f"pip install 'bloomft[{logger}]'"
+        raise UserError(f"train.logger={logger}: {logger} is not installed; {where}, or choose none")
+    check_schedule(config.optim)
+    train, data = config.train, config.data
+    # the token ids, labels and document ids of a step, which are made on the CPU
+    rows = train.batch_size * train.accumulate_grad_batches
+    check_memory(
+        f"train.batch_size {train.batch_size} x data.max_length {data.max_length} x accumulate_grad_batches",
+        3 * 8 * rows * (data.max_length if data.packing else 2),
+        torch.device("cpu"),
+    )
+    for folder in (config.train.output_dir, config.data.cache_dir):
+        check_folder(Path(folder))
+    list_files(filename_patterns(config.data))

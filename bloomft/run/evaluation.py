@@ -1,0 +1,36 @@
+"""The loss on rows that a run does not train on."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import BloomForCausalLM
+
+from bloomft.batch import IGNORE_INDEX
+from bloomft.data.rows import PackedDataset
+
+
+@torch.no_grad()
+def evaluate(
+    model: BloomForCausalLM,
+    rows: PackedDataset,
+    batch_size: int,
+    max_batches: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Mean loss over the labels of ``rows``, or of a fixed random choice of them, in nats a token.
+
+    The choice is `PackedDataset.eval_rows(max_batches)`, the same for every ``batch_size``. ``progress`` is
+    called with the rows done and the rows in all. Leaves the model's mode as it was.
+    """
+    was_training = model.training
+    model.eval()
+    total, labels = torch.zeros((), dtype=torch.float64, device=model.device), 0
+    done, num_rows = 0, len(rows.eval_rows(max_batches))
+    for batch in rows.eval_batches(batch_size, max_batches):
+        labels += int((batch["labels"] != IGNORE_INDEX).sum())
+        done += len(batch["labels"])
+        tensors = {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}
+        total += model(**tensors, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
+        progress(done, num_rows)
+    model.train(was_training)
+    return total.item() / labels

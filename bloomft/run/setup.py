@@ -1,0 +1,86 @@
+"""A configuration to a run that is ready to take its next step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import BloomForCausalLM
+
+from bloomft.config.keys import Config
+from bloomft.data.loading import TrainingData, load_data
+from bloomft.model.base import Base, load_base, patch_base
+from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
+from bloomft.model.patch import adapted_layers
+from bloomft.process import pick_dtype
+from bloomft.run.checkpoint import LAST, TrainingState, save_checkpoint
+from bloomft.run.resumption import RunIdentity, find_resumption, resume
+from bloomft.run.state import RunState
+
+
+@dataclass
+class Job:
+    """A run and what it works on.
+
+    Attributes:
+        last: its last.ckpt; saved: the step that this holds, None where there is none of this run.
+        notes: lines for the log.
+    """
+
+    run: RunState
+    identity: RunIdentity
+    data: TrainingData
+    last: Path
+    saved: int | None
+    notes: list[str]
+
+    def save(self, *, keep: bool) -> None:
+        """Write last.ckpt and, with ``keep``, step-<n>.ckpt."""
+        state = TrainingState(**self.run.state_dict(), **vars(self.identity))
+        save_checkpoint(state, self.last.parent, keep=keep)
+        self.saved = self.run.step
+
+
+def set_up(config: Config, device: torch.device) -> Job:
+    """Base, data, adapters and optimizer, as they were if there is a checkpoint to go on from.
+
+    Raises `UserError` for whatever the user can correct.
+    """
+    resumption = find_resumption(config)
+    base = load_base(config.model.transformer)
+    torch.manual_seed(config.data.random_state)
+    dtype = pick_dtype(config.train.precision, device)
+    least_tokens = config.train.batch_size * (config.data.max_length if config.data.packing else 2)
+    model = patch_base(base, config.model.lora, device, dtype, least_tokens)
+    checkpoint_blocks(model, config.train.gradient_checkpointing)
+    if config.train.compile:
+        compile_blocks(model)
+    data = load_data(config.data, base.tokenizer)
+    run = RunState(model, config.optim, fp16=dtype == torch.float16)
+    identity = RunIdentity.of(config, base.identity, data.identity)
+    if resumption.state is not None and resumption.path is not None:
+        resume(run, resumption.state, identity, resumption.path)
+    last = Path(config.train.output_dir) / LAST
+    saved = run.step if resumption.path == last else None
+    notes = [*_describe(base, model, data), *resumption.notes]
+    return Job(run, identity, data, last, saved, notes)
+
+
+def _describe(base: Base, model: BloomForCausalLM, data: TrainingData) -> Iterator[str]:
+    layers = adapted_layers(model)
+    adapted, first = list(layers), next(iter(layers.values()))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    yield f"base {base.name} ({str(base.identity['fingerprint'])[:8]}), {dtype} on {model.device}"
+    yield (
+        f"LoRA r={first.r} scale={first.scale} on {len(adapted)} layers "
+        f"({adapted[0]} ... {adapted[-1]}): {trainable:,} of {everything:,} parameters train"
+    )
+    rows, heldout = data.train, data.heldout
+    yield f"data: {rows.report.describe()}"
+    yield (
+        f"data: {len(rows)} rows of at most {rows.max_length} tokens, "
+        f"{rows.num_supervised_tokens:,} labels, {rows.padding_fraction:.1%} padding; "
+        f"{'nothing' if heldout is None else f'{len(heldout)} rows'} held out"
+    )

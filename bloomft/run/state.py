@@ -1,0 +1,234 @@
+"""What changes while a run trains, in one object: made fresh, stepped, saved and brought back."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from transformers import BloomForCausalLM
+
+from bloomft.accounting import BatchCounts, StepCost
+from bloomft.batch import Batch
+from bloomft.config.keys import OptimConfig
+from bloomft.model.patch import adapted_layers, adapter_state, load_adapter_state
+from bloomft.run.optimization import follows_metric, make_optimizer, make_schedule, restore_schedule
+from bloomft.run.random_states import restore_rng_states, rng_states
+from bloomft.run.state_dicts import check_like, public
+from lorakernels import kernel_choices, use_kernel_choices
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Window:
+    """What the steps since the last line of metrics.jsonl add up to.
+
+    Attributes:
+        loss: float64 scalar on the device, loss times labels; labels: how many there were. Both go with the
+            checkpoint, so that a line covers its steps whether the run was stopped between them or not.
+        counts: what this process has learned from since ``start``, in seconds of `time.perf_counter`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.loss.zero_()
+        self.labels = 0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Measure rates from here on."""
+        self.counts, self.start = BatchCounts(), time.perf_counter()
+
+    def add(self, counts: BatchCounts) -> None:
+        """Count the batches of a step, whose losses stand in ``loss`` already."""
+        self.labels += counts.labels
+        self.counts += counts
+
+    def mean_loss(self) -> float:
+        """Loss in nats a label; waits for the device."""
+        return self.loss.item() / max(self.labels, 1)
+
+    def rates(self, cost: StepCost, limit: float) -> dict[str, float]:
+        """Speed and what it was made of; ``limit`` is the FLOP/s that MFU refers to."""
+        seconds, counts = time.perf_counter() - self.start, self.counts
+        return {
+            "tokens_per_second": counts.tokens / seconds,
+            "mfu": cost.flops(counts) / seconds / limit,
+            "supervised_share": counts.labels / counts.tokens,
+        }
+
+
+class RunState:
+    """Model, optimizer, schedule, scaler, counters and kernel choices of a run.
+
+    Args:
+        model: the patched model, on its device.
+        settings: of the optimizer and the schedule.
+        fp16: whether gradients are scaled.
+
+    Attributes:
+        step: optimizer steps done or, with fp16, left out by the scaler, which ``skipped`` counts.
+        position: rows consumed.
+        grad_norm: of the last step, before clipping; a scalar on the device.
+        window: since the last line of metrics.jsonl.
+        base_eval_loss: held-out loss before the first step, None while it is not known.
+    """
+
+    def __init__(self, model: BloomForCausalLM, settings: OptimConfig, *, fp16: bool) -> None:
+        self.model, self.settings = model, settings
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(model, settings)
+        self.schedule = make_schedule(self.optimizer, settings.scheduler)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
+        self.step = self.skipped = self.position = 0
+        self.grad_norm = torch.zeros((), device=model.device)
+        self.window = Window(model.device)
+        self.base_eval_loss: float | None = None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the coming step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def begin(self, tokens: int) -> None:
+        """Make ready for steps with micro-batches of ``tokens`` tokens: the layers choose their kernels."""
+        self.model.train()
+        for layer in adapted_layers(self.model).values():
+            layer.prepare(tokens)
+        self.window.start_clock()
+
+    def micro_batch(self, batch: Batch, labels: int) -> None:
+        """Forward and backward of one micro-batch, the one place for them.
+
+        ``labels`` counts those of the whole step: its loss and gradients do not depend on how it is cut.
+        """
+        tensors = {name: tensor.to(self.model.device, non_blocking=True) for name, tensor in batch.items()}
+        loss = self.model(**tensors, num_items_in_batch=labels).loss
+        self.scaler.scale(loss).backward()
+        self.window.loss += loss.detach() * labels
+
+    def finish_gradients(self, clip: float) -> None:
+        """The one place where the gradients of a step become whole: all micro-batches are in them.
+
+        A sum over several processes belongs before the rest: unscaling, their norm, and clipping to ``clip``
+        (0: not at all). Raises RuntimeError where the first step's backward pass missed an adapter, as
+        checkpointing can cause in silence.
+        """
+        if self.step == 0 and (missing := [p for p in self.parameters if p.grad is None]):
+            raise RuntimeError(
+                f"no gradient reached {len(missing)} of {len(self.parameters)} adapter tensors"
+            )
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip or math.inf)
+
+    def update(self, rows: int) -> None:
+        """Take the optimizer step of ``rows`` rows, count it, and move a schedule of steps on.
+
+        A step that fp16's scaler leaves out, which takes waiting for the device to know, leaves the schedule.
+        """
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.position = self.step + 1, self.position + rows
+        skipped = self.step - self._steps_done() if self.scaler.is_enabled() else self.skipped
+        if skipped == self.skipped and not follows_metric(self.settings.scheduler):
+            self.schedule.step()
+        self.skipped = skipped
+
+    def evaluated(self, loss: float) -> None:
+        """Move a schedule that follows the held-out loss on."""
+        if follows_metric(self.settings.scheduler):
+            self.schedule.step(loss)
+
+    def non_finite(self) -> list[str]:
+        """What of loss, gradients, adapters and optimizer state is not finite, by name; waits for the device.
+
+        With fp16 a gradient norm may be: the scaler leaves that step out.
+        """
+        checked = {
+            "the loss": [self.window.loss],
+            "the gradient norm": [] if self.scaler.is_enabled() else [self.grad_norm],
+            "an adapter": self.parameters,
+            "the optimizer's state": [
+                value for moments in self.optimizer.state.values() for value in moments.values()
+            ],
+        }
+        checked = {name: tensors for name, tensors in checked.items() if tensors}
+        finite = [
+            torch.stack([tensor.isfinite().all() for tensor in checked[name]]).all() for name in checked
+        ]
+        return [name for name, fine in zip(checked, torch.stack(finite).tolist(), strict=True) if not fine]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes, under the names of `TrainingState`; tensors are not copied."""
+        return {
+            "step": self.step,
+            "position": self.position,
+            "adapters": adapter_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rng_states(),
+            "window": {"loss": self.window.loss.item(), "labels": self.window.labels},
+            "kernels": kernel_choices(),
+            "base_eval_loss": self.base_eval_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], then: OptimConfig) -> None:
+        """Go on from ``state``, saved under the settings ``then``; rates and the like follow those of now.
+
+        Raises ValueError, RuntimeError, TypeError, KeyError or AttributeError where it does not fit.
+        """
+        self._check_fit(state)
+        load_adapter_state(self.model, state["adapters"])
+        self._restore_optimizer(state)
+        rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
+        restore_schedule(self.schedule, self.settings, state["scheduler"], rates, then)
+        restore_rng_states(state["rng"])
+        if state["kernels"] is not None:
+            use_kernel_choices(state["kernels"])
+        self.step, self.position = state["step"], state["position"]
+        self.skipped = self.step - self._steps_done()
+        self.base_eval_loss = state["base_eval_loss"]
+        self.window.loss += state["window"]["loss"]
+        self.window.labels = state["window"]["labels"]
+
+    def _steps_done(self) -> int:
+        """What the optimizer counts: the steps that changed the adapters."""
+        moments = self.optimizer.state.get(self.parameters[0])
+        return int(moments["step"]) if moments else 0
+
+    def _check_fit(self, state: dict[str, Any]) -> None:
+        """ValueError where torch would take what it is given and fail later, or read past its end."""
+        check_like(public(state["scheduler"]), public(self.schedule.state_dict()), "scheduler")
+        if state["scaler"] and self.scaler.is_enabled():
+            check_like(state["scaler"], self.scaler.state_dict(), "scaler")
+        check_like(state["rng"]["cpu"], torch.get_rng_state(), "rng.cpu")
+        groups, fresh = (
+            [{key: group[key] for key in ("params", "lr")} for group in saved["param_groups"]]
+            for saved in (state["optimizer"], self.optimizer.state_dict())
+        )
+        check_like(groups, fresh, "optimizer.param_groups")
+        if [group["params"] for group in groups] != [group["params"] for group in fresh]:
+            raise ValueError("optimizer.param_groups number other parameters")
+        if not state["optimizer"]["state"]:
+            return  # before the first step
+        count = torch.zeros((), dtype=torch.float32)
+        expected = {
+            index: {"step": count, **dict.fromkeys(_MOMENTS, parameter)}
+            for index, parameter in enumerate(self.parameters)
+        }
+        check_like(state["optimizer"]["state"], expected, "optimizer.state")
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """Moments from ``state``, everything else but the learning rates from the configuration."""
+        groups = self.optimizer.param_groups
+        configured = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(settings)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
