@@ -55,10 +55,8 @@ def check_job(findings: Findings, setting: Setting, precision: str, compiled: bo
     base = make_base(setting, folder, PRECISIONS[precision])
     config = write_config(setting, folder, base, precision, compiled)
     finish(findings, train_command(config, whole))
-    # The same choices between implementations: others are as right, but give other bits.
+    # It holds the choices between implementations too: others are as right, but give other bits.
     shutil.copy(whole / f"step-{SAVED}.ckpt", killed / "last.ckpt")
-    if (whole / "kernels.json").exists():
-        shutil.copy(whole / "kernels.json", killed)
     kill(train_command(config, killed), killed / "metrics.jsonl", KILLED - SAVED)
     finish(findings, train_command(config, killed))
     compare_runs(findings, whole, killed)

@@ -26,7 +26,7 @@ def make_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW
     )
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, settings: SchedulerConfig) -> LRScheduler:
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: SchedulerConfig) -> LRScheduler:
     """The schedule of ``optim.scheduler`` by transformers' `get_scheduler`; `UserError` where that fails."""
     try:
         return get_scheduler(
@@ -52,7 +52,7 @@ def check_schedule(settings: OptimConfig) -> None:
     if schedule.scheduler_specific_kwargs and schedule.name in ("constant", "constant_with_warmup"):
         raise UserError(f"optim.scheduler: {schedule.name} takes no scheduler_specific_kwargs")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.optimizer.lr)
-    made = make_schedule(optimizer, schedule)
+    made = make_scheduler(optimizer, schedule)
     try:
         if follows_metric(schedule):
             for loss in (2.0, 1.0, 3.0):
@@ -67,35 +67,35 @@ def check_schedule(settings: OptimConfig) -> None:
         raise _does_not_work(schedule, error) from error
 
 
-def restore_schedule(
-    schedule: LRScheduler, now: OptimConfig, state: dict[str, Any], rates: list[float], then: OptimConfig
+def restore_scheduler(
+    scheduler: LRScheduler, now: OptimConfig, state: dict[str, Any], rates: list[float], then: OptimConfig
 ) -> None:
-    """Take the progress of a schedule from ``state`` and its settings from ``now``; set the learning rates.
+    """Take a scheduler's progress from ``state`` and its settings from ``now``; set the learning rates.
 
-    ``schedule`` is fresh and made from ``now``; ``state`` was saved under the settings ``then``, when the
+    ``scheduler`` is fresh and made from ``now``; ``state`` was saved under the settings ``then``, when the
     optimizer's groups had the learning rates ``rates``. What two fresh schedules, of then and of now, differ
     in is a setting; what they agree on has only moved since.
     """
     base, base_then = now.optimizer.lr, then.optimizer.lr
-    groups = schedule.optimizer.param_groups
-    fresh = schedule.state_dict()
+    groups = scheduler.optimizer.param_groups
+    fresh = scheduler.state_dict()
     like_then = torch.optim.SGD(
         [{"params": [torch.zeros(1, requires_grad=True)]} for _ in groups], lr=base_then
     )
-    fresh_then = make_schedule(like_then, then.scheduler).state_dict()
+    fresh_then = make_scheduler(like_then, then.scheduler).state_dict()
     kept = {key for key in fresh if key in state and fresh_then.get(key) == fresh[key]}
-    schedule.load_state_dict(fresh | {key: state[key] for key in kept})
-    if isinstance(schedule, LambdaLR):
-        new_rates = [base * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    scheduler.load_state_dict(fresh | {key: state[key] for key in kept})
+    if isinstance(scheduler, LambdaLR):
+        new_rates = [base * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     else:
         # Where the schedule had taken the rate, in proportion, and within its bounds of now.
-        least = [min(bound, base) for bound in schedule.min_lrs]
-        most = [max(bound, base) for bound in getattr(schedule, "max_lrs", [base] * len(groups))]
+        least = [min(bound, base) for bound in scheduler.min_lrs]
+        most = [max(bound, base) for bound in getattr(scheduler, "max_lrs", [base] * len(groups))]
         moved = [rate * (base / base_then) for rate in rates]
         new_rates = [min(max(lr, low), high) for lr, low, high in zip(moved, least, most, strict=True)]
     for group, lr in zip(groups, new_rates, strict=True):
         group["lr"] = lr
-    schedule._last_lr = new_rates
+    scheduler._last_lr = new_rates
 
 
 def _does_not_work(settings: SchedulerConfig, error: Exception) -> UserError:

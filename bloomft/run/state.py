@@ -11,7 +11,7 @@ from bloomft.accounting import BatchCounts, StepCost
 from bloomft.batch import Batch
 from bloomft.config.keys import OptimConfig
 from bloomft.model.patch import adapted_layers, adapter_state, load_adapter_state
-from bloomft.run.optimization import follows_metric, make_optimizer, make_schedule, restore_schedule
+from bloomft.run.optimization import follows_metric, make_optimizer, make_scheduler, restore_scheduler
 from bloomft.run.random_states import restore_rng_states, rng_states
 from bloomft.run.state_dicts import check_like, public
 from lorakernels import kernel_choices, use_kernel_choices
@@ -62,7 +62,7 @@ class Window:
 
 
 class RunState:
-    """Model, optimizer, schedule, scaler, counters and kernel choices of a run.
+    """Model, optimizer, scheduler, scaler, counters and kernel choices of a run.
 
     Args:
         model: the patched model, on its device.
@@ -81,7 +81,7 @@ class RunState:
         self.model, self.settings = model, settings
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(model, settings)
-        self.schedule = make_schedule(self.optimizer, settings.scheduler)
+        self.scheduler = make_scheduler(self.optimizer, settings.scheduler)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
         self.step = self.skipped = self.position = 0
         self.grad_norm = torch.zeros((), device=model.device)
@@ -135,13 +135,13 @@ class RunState:
         self.step, self.position = self.step + 1, self.position + rows
         skipped = self.step - self._steps_done() if self.scaler.is_enabled() else self.skipped
         if skipped == self.skipped and not follows_metric(self.settings.scheduler):
-            self.schedule.step()
+            self.scheduler.step()
         self.skipped = skipped
 
     def evaluated(self, loss: float) -> None:
         """Move a schedule that follows the held-out loss on."""
         if follows_metric(self.settings.scheduler):
-            self.schedule.step(loss)
+            self.scheduler.step(loss)
 
     def non_finite(self) -> list[str]:
         """What of loss, gradients, adapters and optimizer state is not finite, by name; waits for the device.
@@ -169,7 +169,7 @@ class RunState:
             "position": self.position,
             "adapters": adapter_state(self.model),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.schedule.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": rng_states(),
             "window": {"loss": self.window.loss.item(), "labels": self.window.labels},
@@ -186,7 +186,7 @@ class RunState:
         load_adapter_state(self.model, state["adapters"])
         self._restore_optimizer(state)
         rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
-        restore_schedule(self.schedule, self.settings, state["scheduler"], rates, then)
+        restore_scheduler(self.scheduler, self.settings, state["scheduler"], rates, then)
         restore_rng_states(state["rng"])
         if state["kernels"] is not None:
             use_kernel_choices(state["kernels"])
@@ -203,7 +203,7 @@ class RunState:
 
     def _check_fit(self, state: dict[str, Any]) -> None:
         """ValueError where torch would take what it is given and fail later, or read past its end."""
-        check_like(public(state["scheduler"]), public(self.schedule.state_dict()), "scheduler")
+        check_like(public(state["scheduler"]), public(self.scheduler.state_dict()), "scheduler")
         if state["scaler"] and self.scaler.is_enabled():
             check_like(state["scaler"], self.scaler.state_dict(), "scaler")
         check_like(state["rng"]["cpu"], torch.get_rng_state(), "rng.cpu")

@@ -188,7 +188,7 @@ def sharded(base_folder, tmp_path) -> Path:
 
 
 def test_shards_hold_the_same_base(base_folder, sharded):
-    assert load(sharded).fingerprint == load(base_folder).fingerprint
+    assert load(sharded).identity["fingerprint"] == load(base_folder).identity["fingerprint"]
     (sharded / "model-00001-of-00099.safetensors").write_bytes(b"not in the index, not read")
     load(sharded)
 
@@ -214,7 +214,7 @@ def test_a_hub_model_in_the_download_cache(sharded, base_folder, tmp_path, monke
     sharded.rename(repository / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     base = load("me/bloom", cache_dir=str(hub))
-    assert base.fingerprint == load(base_folder).fingerprint
+    assert base.identity["fingerprint"] == load(base_folder).identity["fingerprint"]
     change_json(repository / "snapshots" / commit / "config.json", n_layer=1)
     with pytest.raises(UserError, match=r"snapshots/.*safetensors: 2 layers are stored, .*n_layer 1"):
         load("me/bloom", cache_dir=str(hub))

@@ -82,7 +82,8 @@ def first(content: dict, name: str):
 WRONG_FIELDS = {
     "no format": lambda content: content.pop("format"),
     "a list": lambda content: content.update(format=[2]),
-    "another format": lambda content: content.update(format=3),
+    "another format": lambda content: content.update(format=4),
+    "kernels of another kind": lambda content: content.update(kernels=["aten"]),
     "step -3": lambda content: content.update(step=-3),
     "step true": lambda content: content.update(step=True),
     "no step": lambda content: content.pop("step"),
@@ -114,6 +115,8 @@ WRONG_FIELDS = {
 
 MISFITS = {
     "step 10**9": lambda content: content.update(step=10**9),
+    "kernels with text": lambda content: content.update(kernels={"a": {"milliseconds": "fast"}}),
+    "kernels without a winner": lambda content: content.update(kernels={"a": {}}),
     "scheduler of another kind": lambda content: content["scheduler"].pop("base_lrs"),
     "scheduler with text": lambda content: content["scheduler"].update(base_lrs=["high"]),
     "rng of another size": lambda content: content["rng"].update(cpu=torch.zeros(3, dtype=torch.uint8)),
@@ -214,8 +217,8 @@ def test_checkpoints_that_are_all_damaged_are_not_taken_for_a_fresh_start(run):
 
 def test_what_is_no_damage_is_not_passed_over(run):
     path = run().run_dir / "last.ckpt"
-    rewrite(path, lambda content: content.update(format=3))
-    with pytest.raises(UserError, match=r"checkpoint format 3; this program reads formats 1 and 2"):
+    rewrite(path, lambda content: content.update(format=4))
+    with pytest.raises(UserError, match=r"checkpoint format 4; this program reads formats 1 to 3"):
         run()
 
 
@@ -225,6 +228,7 @@ def test_a_checkpoint_of_format_1_is_converted(run, settings, tmp_path):
     def older(content):
         assert content["position"] == 16
         content.update(format=1, position=4)
+        content.pop("kernels")
 
     old = tmp_path / "old.ckpt"
     old.write_bytes((whole / "step-4.ckpt").read_bytes())
@@ -238,6 +242,22 @@ def test_a_checkpoint_of_format_1_is_converted(run, settings, tmp_path):
     old.write_bytes(content)
     with pytest.raises(DamagedCheckpointError):
         load_checkpoint(old)
+
+
+def test_a_checkpoint_of_format_2_had_no_kernel_choices(run, settings, tmp_path):
+    whole = run().run_dir
+    old = tmp_path / "old.ckpt"
+    old.write_bytes((whole / "step-4.ckpt").read_bytes())
+
+    def older(content):
+        content["format"] = 2
+        content.pop("kernels")
+
+    rewrite(old, older)
+    settings["train"] |= {"output_dir": str(tmp_path / "again"), "resume": str(old)}
+    again = run().run_dir
+    assert same_adapters(again / "last.ckpt", whole / "last.ckpt")
+    assert "without kernel choices: measured anew" in (again / "log").read_text()
 
 
 def test_format_1_without_its_batch_size_is_refused(run, tmp_path):
@@ -270,7 +290,7 @@ def test_no_state_that_is_not_finite_is_ever_written(run, settings, cause, steps
 
 def test_leftovers_of_killed_writes_go_at_the_next_start(run):
     folder = run().run_dir
-    names = ("last.ckpt", "step-4.ckpt", "metrics.jsonl", "config.yaml", "kernels.json", "wandb-id")
+    names = ("last.ckpt", "step-4.ckpt", "metrics.jsonl", "config.yaml", "wandb-id")
     ours = [folder / f".{name}-0123abcd" for name in names]
     foreign = [folder / name for name in (".mine-0123abcd", ".last.ckpt-0123abcd.txt", "last.ckpt-0123abcd")]
     for path in (*ours, *foreign):

@@ -11,6 +11,7 @@ from bloomft import export, generate, train
 from bloomft.command_line import run_command
 from bloomft.config.keys import SCHEDULES
 from bloomft.config.loading import load_config
+from bloomft.run import generation, setup
 from bloomft.run.early_checks import check_early
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +162,7 @@ def test_what_cannot_succeed_is_refused_before_a_base_is_loaded(
     fail, settings, config_path, tmp_path, monkeypatch, name
 ):
     overrides, expected = EARLY[name]
-    monkeypatch.setattr(train, "load_base", lambda _: pytest.fail("a base was loaded"))
+    monkeypatch.setattr(setup, "load_base", lambda _: pytest.fail("a base was loaded"))
     monkeypatch.chdir(tmp_path)
     for file in ("a.md", "rows.csv"):
         (tmp_path / file).write_text("text")
@@ -196,7 +197,11 @@ def test_every_schedule_passes_the_early_check(settings, config_path, name):
 @pytest.mark.parametrize(
     ("override", "gib", "expected"),
     [
-        ("data.max_length=100000000", 4, "data.max_length 100000000: takes at least 35.8 GiB, there are 4.0"),
+        (
+            "data.max_length=100000000",
+            4,
+            "data.max_length (100000000 tokens): takes at least 35.8 GiB, there are 4.0",
+        ),
         ("model.lora.lora_dim=65536", 0.25, "lora_dim 65536: takes at least 0.4 GiB, there are 0.2"),
     ],
 )
@@ -204,7 +209,7 @@ def test_sizes_against_the_memory_that_there_is(
     fail, settings, config_path, monkeypatch, override, gib, expected
 ):
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": int(gib * 2**18), "SC_PAGE_SIZE": 2**12}.get)
-    monkeypatch.setattr(train, "load_data", lambda *_: pytest.fail("the data was loaded"))
+    monkeypatch.setattr(setup, "load_data", lambda *_: pytest.fail("the data was loaded"))
     settings["train"]["batch_size"] = 1
     assert expected in fail(train, config_path(settings), override)
 
@@ -213,7 +218,8 @@ def test_sizes_against_the_memory_that_there_is(
 def test_the_other_commands_look_for_the_device_first(
     fail, settings, config_path, monkeypatch, command, tmp_path
 ):
-    monkeypatch.setattr(command, "load_base", lambda _: pytest.fail("a base was loaded"))
+    owner = generation if command is generate else command
+    monkeypatch.setattr(owner, "load_base", lambda _: pytest.fail("a base was loaded"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.ckpt").write_text("")
     more = ["--prompt", "x"] if command is generate else ["--output", "out"]

@@ -9,8 +9,7 @@ from bloomft.config.loading import load_config
 from bloomft.data.loading import load_data
 from bloomft.model.base import load_base, patch_base
 from bloomft.model.patch import adapted_layers
-from bloomft.run.optimization import make_optimizer
-from bloomft.run.state import make_scheduler
+from bloomft.run.optimization import make_optimizer, make_scheduler
 
 STEPS = 20
 
@@ -20,9 +19,9 @@ def test_losses_agree_at_every_step(settings, config_path, base_folder):
     settings["optim"]["scheduler"].update(num_training_steps=STEPS)
     config = load_config(config_path(settings))
     base = load_base(config.model.transformer)
-    data, _, _ = load_data(config, base)
+    data = load_data(config.data, base.tokenizer).train
     torch.manual_seed(0)
-    ours = patch_base(base, config.model, torch.device("cpu"), torch.float32).train()
+    ours = patch_base(base, config.model.lora, torch.device("cpu"), torch.float32).train()
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query_key_value"], task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), lora).train()
     for name, layer in adapted_layers(ours).items():
@@ -30,8 +29,8 @@ def test_losses_agree_at_every_step(settings, config_path, base_folder):
         twin.lora_A["default"].weight.data.copy_(layer.lora_a)
         twin.lora_B["default"].weight.data.copy_(layer.lora_b)
 
-    optimizer = make_optimizer(ours, config)
-    scheduler = make_scheduler(optimizer, config)
+    optimizer = make_optimizer(ours, config.optim)
+    scheduler = make_scheduler(optimizer, config.optim.scheduler)
     settings = config.optim.optimizer
     their_optimizer = torch.optim.AdamW(
         [p for p in theirs.parameters() if p.requires_grad],

@@ -10,7 +10,7 @@ import pytest
 from bloomft.config.loading import load_config
 from bloomft.errors import UserError
 from bloomft.files import AppendedFile
-from bloomft.run.log import RunLog, restore_kernel_choices
+from bloomft.run.log import RunLog
 from bloomft.train import train
 
 
@@ -98,13 +98,6 @@ def test_a_device_that_is_full(tmp_path):
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
         file.append("line\n")
     file.close()
-
-
-@pytest.mark.parametrize("text", ['{"a": {"milliseconds": "fast"}}', "[" * 10**5, "{", "\xff", "[]"])
-def test_damaged_kernel_choices_are_one_line(tmp_path, text):
-    (tmp_path / "kernels.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"kernels.json: cannot be read back"):
-        restore_kernel_choices(tmp_path)
 
 
 def test_an_evaluation_has_a_bar_of_its_own_while_it_lasts(log_at):

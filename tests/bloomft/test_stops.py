@@ -15,10 +15,13 @@ import torch
 from bloomft import train as train_module
 from bloomft.command_line import run_command
 from bloomft.config.loading import load_config
+from bloomft.data import loading
 from bloomft.errors import Stopped
+from bloomft.run import setup
 from bloomft.run.checkpoint import load_checkpoint
 from bloomft.run.log import RunLog
 from bloomft.run.signals import stop_signals
+from bloomft.run.state import RunState
 from bloomft.train import train
 
 
@@ -62,14 +65,14 @@ def held_step(text: str) -> int:
 
 # Evaluations: of the base, at step 6, at step 12; saves at 3, 6, 9, 12.
 MOMENTS = {
-    "while the loop is prepared": (RunLog, "record_kernels", 1, 0),
-    "before the base's evaluation": (train_module, "_describe", 1, 0),
+    "while the loop is prepared": (RunState, "begin", 1, 0),
+    "before the base's evaluation": (RunLog, "message", 1, 0),
     "in the base's evaluation": (train_module, "evaluate", 1, 0),
-    "in a step": (train_module, "_to_device", 5, None),
+    "in a step": (RunState, "micro_batch", 5, None),
     "after a step": (RunLog, "advance", 5, 5),
     "in an evaluation": (train_module, "evaluate", 2, 6),
     "while a step is reported": (RunLog, "record", 7, 7),
-    "in a save": (train_module, "save_checkpoint", 3, 9),
+    "in a save": (setup, "save_checkpoint", 3, 9),
 }
 
 
@@ -111,17 +114,24 @@ def test_a_stop_in_an_evaluation_loses_nothing(settings, command, monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    "name", ["parse_command", "find_resumption", "load_base", "build_token_cache", "patch_base"]
+    ("owner", "name"),
+    [
+        (train_module, "parse_command"),
+        (setup, "find_resumption"),
+        (setup, "load_base"),
+        (setup, "patch_base"),
+        (loading, "build_token_cache"),
+    ],
 )
 @pytest.mark.parametrize("saved", [False, True])
-def test_a_stop_before_training_says_what_there_is(settings, command, monkeypatch, name, saved):
+def test_a_stop_before_training_says_what_there_is(settings, command, monkeypatch, owner, name, saved):
     run = Path(settings["train"]["output_dir"])
     if saved:
         command("optim.scheduler.num_training_steps=3")
         before = (run / "last.ckpt").read_bytes()
     reached = []
     with monkeypatch.context() as patches:
-        signal_at(patches, signal.SIGTERM, train_module, name, 1)
+        signal_at(patches, signal.SIGTERM, owner, name, 1)
         patches.setattr(train_module, "_loop", lambda *args: reached.append(args))
         status, text = command()
     assert status == 75

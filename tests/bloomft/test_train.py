@@ -1,5 +1,6 @@
 """The training loop, in process, on a base that trains in seconds."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,9 +13,8 @@ from bloomft.config.loading import load_config
 from bloomft.data.loading import load_data
 from bloomft.errors import UserError
 from bloomft.model.base import load_base, patch_base
-from bloomft.run.checkpoint import load_checkpoint
+from bloomft.run.checkpoint import load_checkpoint, save_checkpoint
 from bloomft.run.evaluation import evaluate
-from bloomft.run.optimization import make_optimizer
 from bloomft.train import train
 from lorakernels import cpu_gemm, dispatch
 
@@ -70,10 +70,11 @@ def test_a_16_bit_run_records_its_choices_and_goes_on_with_them(run, monkeypatch
     monkeypatch.setattr(cpu_gemm, "LARGE", 0)
     dispatch.forget()
     half = run(train__precision="bf16", optim__scheduler__num_training_steps=3)
-    recorded = json.loads((half.run_dir / "kernels.json").read_text())
+    state = load_checkpoint(half.run_dir / "last.ckpt")
+    recorded = state.kernels
     assert {problem.split(" on ")[0] for problem in recorded} == {"lora_linear", "frozen products"}
     dispatch.forget()
-    # another choice on disk and in the run: the run's counts
+    # another choice on disk and in the checkpoint: the checkpoint's counts
     other = {
         problem: {
             **choice,
@@ -81,7 +82,7 @@ def test_a_16_bit_run_records_its_choices_and_goes_on_with_them(run, monkeypatch
         }
         for problem, choice in recorded.items()
     }
-    (half.run_dir / "kernels.json").write_text(json.dumps(other))
+    save_checkpoint(dataclasses.replace(state, kernels=other), half.run_dir, keep=False)
     run(train__precision="bf16", optim__scheduler__num_training_steps=4)
     assert {problem: dispatch.choices()[problem]["winner"] for problem in other} == {
         problem: choice["winner"] for problem, choice in other.items()
@@ -173,7 +174,7 @@ def test_parts_and_a_path_relative_to_the_run(run):
 def test_held_out_loss_is_the_mean_over_labels(settings, config_path):
     config = load_config(config_path(settings))
     base = load_base(config.model.transformer)
-    _, heldout, _ = load_data(config, base)
+    heldout = load_data(config.data, base.tokenizer).heldout
     model = base.model.eval()
     total = count = 0
     for batch in heldout.eval_batches(1):
@@ -186,7 +187,7 @@ def test_held_out_loss_is_the_mean_over_labels(settings, config_path):
                 logits = model(ids).logits[:, :-1].double()
                 total += torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum").item()
                 count += int((targets != -100).sum())
-    patched = patch_base(base, config.model, torch.device("cpu"), torch.float32)
+    patched = patch_base(base, config.model.lora, torch.device("cpu"), torch.float32)
     assert evaluate(patched, heldout, 3) == pytest.approx(total / count, rel=1e-5)
 
 
@@ -198,12 +199,12 @@ def test_a_bounded_held_out_loss_is_the_same_for_every_batch_size(
     settings["data"] |= {"packing": packing, "heldout_fraction": 0.5}
     config = load_config(config_path(settings))
     base = load_base(config.model.transformer)
-    _, heldout, _ = load_data(config, base)
+    heldout = load_data(config.data, base.tokenizer).heldout
     rows = heldout.eval_rows(3)
     tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in heldout.eval_batches(1, 3))
     assert 300 - 32 < tokens <= 300
     assert len(rows) < len(heldout)
-    patched = patch_base(base, config.model, torch.device("cpu"), torch.float32)
+    patched = patch_base(base, config.model.lora, torch.device("cpu"), torch.float32)
     seen = []
     bounded = evaluate(patched, heldout, 1, 3, lambda done, total: seen.append((done, total)))
     assert seen == [(done, len(rows)) for done in range(1, len(rows) + 1)]
@@ -217,14 +218,14 @@ def test_copies_of_a_text_are_held_out_together_or_not_at_all(settings, config_p
         (corpus / f"{index:02}.txt").write_text(f"The text number {index % 4} of four, again and again.")
     settings["data"]["packing"] = False
     config = load_config(config_path(settings))
-    rows, heldout, _ = load_data(config, load_base(config.model.transformer))
+    data = load_data(config.data, load_base(config.model.transformer).tokenizer)
 
     def texts(dataset):
         return {tuple(row.tolist()) for batch in dataset.eval_batches(1) for row in batch["input_ids"]}
 
-    assert len(texts(rows)) == 3
-    assert len(texts(heldout)) == 1
-    assert not texts(rows) & texts(heldout)
+    assert len(texts(data.train)) == 3
+    assert len(texts(data.heldout)) == 1
+    assert not texts(data.train) & texts(data.heldout)
 
 
 def test_the_split_has_a_seed_of_its_own_and_defaults_to_random_state(settings, config_path):
@@ -232,8 +233,8 @@ def test_the_split_has_a_seed_of_its_own_and_defaults_to_random_state(settings, 
 
     def load(*overrides):
         config = load_config(path, overrides)
-        _, heldout, identity = load_data(config, load_base(config.model.transformer))
-        return sorted(map(str, (batch["input_ids"] for batch in heldout.eval_batches(1)))), identity
+        data = load_data(config.data, load_base(config.model.transformer).tokenizer)
+        return sorted(map(str, (batch["input_ids"] for batch in data.heldout.eval_batches(1)))), data.identity
 
     held, identity = load()
     assert load("data.split_state=42") == (held, identity)
@@ -250,17 +251,6 @@ def test_the_log_counts_what_was_skipped_on_a_cached_run_too(run, corpus):
     folder = run(optim__scheduler__num_training_steps=2).run_dir
     run(optim__scheduler__num_training_steps=3)
     assert (folder / "log").read_text().count("(skipped: 1 with invalid UTF-8, 1 empty)") == 2
-
-
-def test_vectors_get_no_weight_decay(settings, config_path):
-    config = load_config(config_path(settings))
-    model = torch.nn.Linear(3, 3)
-    decay = {
-        p.ndim: group["weight_decay"]
-        for group in make_optimizer(model, config).param_groups
-        for p in group["params"]
-    }
-    assert decay == {2: 0.1, 1: 0.0}
 
 
 def test_no_held_out_text(run):
