@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lorakernels.ops.lora_linear import lora_linear
 from lorakernels.ops.lora_linear.implementations import select
+from lorakernels.tolerance import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class LoRALinear(nn.Module):
         rows = n if parts is None else n // len(parts.names) * len(parts.chosen)
         if parts is not None:
             parts.head_dim(n)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(weight.dtype)
         lora_a = torch.empty(r, k, dtype=dtype, device=weight.device)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
         lora_b = torch.zeros(rows, r, dtype=dtype, device=weight.device)
@@ -188,7 +189,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """scale·B·A, [N, K], in at least float32."""
-        wide = torch.promote_types(self.lora_a.dtype, torch.float32)
+        wide = accumulation_dtype(self.lora_a.dtype)
         return self.scale * (self.full_lora_b().to(wide) @ self.lora_a.to(wide))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How far a result may be from the exact one: one rule, from the dtypes and the length of the sums.
+"""How far a result may be from the exact one: one rule, from dtypes and lengths of sums; the dtype of sums.
 
 The tests, the benchmarks and the check before an implementation is first used all ask here; nothing is
 compared with what another implementation happens to reach.
@@ -11,6 +11,11 @@ from torch import Tensor
 
 # Elements that are widened to float64 at a time: a long result need not fit in float64 as a whole.
 BLOCK_ELEMENTS = 2**24
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype sums over tensors of a floating dtype are kept: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from lorakernels import cpu_gemm
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
+from lorakernels.ops.autograd import differentiable_once
 
 # of gelu(x) at a time: stays in the cache, and long enough for full GEMM speed at BLOOM's widths
 BLOCK_BYTES = 4 * 2**20
@@ -108,10 +109,4 @@ def _input_gradient(ctx, dy):
 
 
 _forward.register_autograd(_input_gradient, setup_context=_save)
-
-
-def _refuse_double_backward(ctx, *_gradients):
-    raise RuntimeError("frozen_linear is differentiable once: its backward has no gradient")
-
-
-_backward.register_autograd(_refuse_double_backward)
+_backward.register_autograd(differentiable_once("frozen_linear"))

@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lorakernels.ops.alibi_attention.reference import alibi_attention_reference, biases
 from lorakernels.ops.autocast import without_autocast
+from lorakernels.tolerance import accumulation_dtype
 
 QUERIES = 128
 
@@ -22,9 +23,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, starts:
     else:
         # wide before they are cut, so that gradients of all blocks are added before they are rounded
         run = alibi_attention_reference
-        query, key, value = (
-            tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (query, key, value)
-        )
+        query, key, value = (tensor.to(accumulation_dtype(dtype)) for tensor in (query, key, value))
     parts = [query[:, :, :0].transpose(1, 2)]
     for start in range(0, query.shape[2], QUERIES):
         block = query[:, :, start : start + QUERIES]

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lorakernels.ops.linear_cross_entropy.aten import statistics_dtype
-from lorakernels.tolerance import largest_error, relative_error
+from lorakernels.tolerance import accumulation_dtype, largest_error, relative_error
 
 RESULTS = ("loss", "dhidden", "dweight")
 
@@ -55,7 +54,7 @@ def bounds(
     its relative error: that of a sum of H terms, or half an eps where logits are rounded to 16 bits. In that
     case the gradient of the logits, the products with it and the result are rounded too: three roundings.
     """
-    wide = statistics_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     of_a_logit = torch.finfo(dtype).eps / 2
     if not rounds_products:
         of_a_logit = largest_error(exact[0], wide, operands=dtype, terms=width)
@@ -75,7 +74,7 @@ def failures(results: list[Tensor], exact: list[Tensor], dtype: torch.dtype, **s
     lines = []
     allowed = bounds(exact, dtype, **sizes)
     for name, got, right, bound in zip(RESULTS[: len(exact)], results, exact, allowed, strict=True):
-        expected = statistics_dtype(dtype) if name == "loss" else dtype
+        expected = accumulation_dtype(dtype) if name == "loss" else dtype
         error = relative_error(got, right)
         if got.dtype != expected:
             lines.append(f"{name}: {got.dtype} in place of {expected}")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
+from lorakernels.ops.autograd import differentiable_once
 from lorakernels.ops.lora_linear.implementations import select
-from lorakernels.ops.lora_linear.reference import wide_dtype
+from lorakernels.tolerance import accumulation_dtype
 
 BACKENDS = ("auto", "reference", "aten", "onednn", "triton")
 
@@ -86,7 +87,7 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tenso
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
         if tensor.requires_grad:
             raise ValueError(f"{name}: expected a frozen tensor, got one with requires_grad=True")
-    wider = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wider = accumulation_dtype(x.dtype)
     if lora_a.dtype not in (x.dtype, wider):
         raise TypeError(f"lora_a: expected {x.dtype} or {wider}, got {lora_a.dtype}")
     if lora_b.dtype != lora_a.dtype:
@@ -138,7 +139,7 @@ def _forward_op(
 @_forward_op.register_fake
 def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, backend):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    s = x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0], dtype=wide_dtype(x.dtype))
+    s = x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0], dtype=accumulation_dtype(x.dtype))
     return y, s, x.new_empty(_seed_shape(dropout_p), dtype=torch.int64)
 
 
@@ -199,9 +200,5 @@ def _backward(ctx, dy, _ds, _dseed):
     return dx, None, None, da, db, None, None, None
 
 
-def _refuse_double_backward(ctx, *_grads):
-    raise RuntimeError("lora_linear is differentiable once: its backward has no gradient (double backward)")
-
-
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(_refuse_double_backward)
+_backward_op.register_autograd(differentiable_once("lora_linear"))

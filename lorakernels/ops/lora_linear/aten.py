@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lorakernels.cpu_gemm import weight_blocks
-from lorakernels.ops.lora_linear.reference import keep_mask, wide_dtype
+from lorakernels.ops.lora_linear.reference import keep_mask
+from lorakernels.tolerance import accumulation_dtype
 
 # Rows of a 16-bit operand that are widened at a time: bounds the float32 copy, long enough for full GEMM
 # speed.
@@ -38,7 +39,7 @@ def forward(
     dropout_p: float,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """y [M, N] in x's dtype and S [M, r] in wide_dtype, scale included."""
+    """y [M, N] in x's dtype and S [M, r] in accumulation_dtype, scale included."""
     s = shrink(x, lora_a, scale, dropout_p, seed)
     if x.dtype == s.dtype:
         return _thin_with_bias(s, lora_b, bias).addmm_(x, weight.T), s
@@ -122,7 +123,7 @@ def backward_wide(
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, r] in a's wide dtype, without a whole wide copy of a."""
-    wide, rank = wide_dtype(a.dtype), b.shape[1]
+    wide, rank = accumulation_dtype(a.dtype), b.shape[1]
     if a.is_cuda:
         return a @ b if a.dtype == wide else _product_of_parts(a, b)
     b = b.to(wide)
@@ -138,7 +139,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 def wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ [K, M] times b [M, r] in a's wide dtype, without a whole wide copy of a."""
-    wide = wide_dtype(a.dtype)
+    wide = accumulation_dtype(a.dtype)
     if a.is_cuda:
         return a.T @ b if a.dtype == wide else _product_of_parts(a.T, b)
     if a.dtype == wide and a.shape[1] % (CPU_GROUPS * CPU_COLUMNS):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorakernels.ops.lora_linear.reference import plain_lora_linear, wide_dtype
-from lorakernels.tolerance import deviations, structured_deviations
+from lorakernels.ops.lora_linear.reference import plain_lora_linear
+from lorakernels.tolerance import accumulation_dtype, deviations, structured_deviations
 
 RESULTS = ("y", "dx", "dA", "dB")
 EXACT_ROWS = 2048
@@ -71,7 +71,7 @@ def random_problem(
     (n, k), device = weight.shape, weight.device
     # far from the seeds of callers, who may have drawn the weight with one: x must not repeat it
     generator = torch.Generator(device).manual_seed(2**31 + seed)
-    norm = torch.linalg.vector_norm(weight.detach(), dtype=wide_dtype(weight.dtype))
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=accumulation_dtype(weight.dtype))
     frozen, root = float(norm) / math.sqrt(n) or 1.0, math.sqrt(abs(scale))
 
     def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = weight.dtype) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lorakernels.tolerance import accumulation_dtype
+
 # Philox4x32 (Salmon et al. 2011); by their table 2 seven rounds pass every test of BigCrush.
 PHILOX_ROUNDS = 7
 PHILOX_A, PHILOX_B = 0xD2511F53, 0xCD9E8D57
@@ -89,11 +91,6 @@ def plain_lora_linear(
     return (linear(x, weight, bias) + scale * linear(inner, lora_b)).to(x.dtype)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of S, dS and of accumulation beside an x of dtype: float32, float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -104,8 +101,8 @@ def forward(
     dropout_p: float,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """y [M, N] in x's dtype and S [M, r] in wide_dtype, scale included; only y is rounded to x's dtype."""
-    wide = wide_dtype(x.dtype)
+    """y [M, N] in x's dtype and S [M, r] in `accumulation_dtype`, scale included; only y is rounded."""
+    wide = accumulation_dtype(x.dtype)
     wide_x = x.to(wide)
     dropped = wide_x
     if dropout_p:
@@ -129,7 +126,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
     need_x, need_a, need_b = needs
-    wide = wide_dtype(x.dtype)
+    wide = accumulation_dtype(x.dtype)
     wide_dy = dy.to(wide)
     multiplier = 1.0
     if dropout_p:
