@@ -80,7 +80,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def is_large(rows: int, weight: torch.Tensor) -> bool:
     """Whether a product of `rows` rows with weight [N, K] is worth a choice."""
-    return rows * weight.shape[0] * weight.shape[1] >= LARGE
+    return rows * weight.numel() >= LARGE
 
 
 @functools.cache

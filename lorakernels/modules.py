@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lorakernels.ops.lora_linear import lora_linear
 from lorakernels.ops.lora_linear.implementations import select
+from lorakernels.ops.lora_linear.problem import Problem
 from lorakernels.tolerance import accumulation_dtype
 
 
@@ -171,16 +172,18 @@ class LoRALinear(nn.Module):
         Without it a new problem is measured in its first forward, which under torch.compile is in the middle
         of a compiled step. One way alone is checked and not timed; nothing happens where the choice is known.
         """
-        x = self.weight.new_empty(rows, self.in_features)
-        select(
-            x,
+        problem = Problem(
+            self.weight.new_empty(rows, self.in_features),
             self.weight,
             self.bias,
             self.lora_a,
+            self.full_lora_b(),
             self.scale,
             self.dropout_p if self.training else 0.0,
-            self.backend,
+            # a choice does not depend on the mask
+            self.weight.new_empty(0, dtype=torch.int64),
         )
+        select(problem, self.backend)
 
     def full_lora_b(self) -> Tensor:
         """lora_b with a row for every output [N, r]; under parts the rows that were not chosen are zero."""

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from lorakernels import cpu_gemm, dispatch, lora_linear
 from lorakernels.dispatch import Implementation
 from lorakernels.ops.lora_linear import aten, implementations
+from lorakernels.ops.lora_linear.problem import Problem
 
 
 class FakeTrial:
@@ -347,10 +349,7 @@ def test_measuring_leaves_the_random_state_alone(every_size):
 
 
 def test_a_wrong_lora_linear_is_caught_by_the_self_check(every_size, monkeypatch):
-    def forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
-        return aten.forward_wide(x, weight, bias, lora_a, lora_b, 2 * scale, dropout_p, seed)
-
-    broken = Implementation("broken", forward, functools.partial(aten.backward_wide))
+    broken = Implementation("broken", broken_y, functools.partial(aten.backward_wide))
     table = (implementations.ATEN_WIDE, broken)
     monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: table)
     with pytest.warns(
@@ -359,8 +358,8 @@ def test_a_wrong_lora_linear_is_caught_by_the_self_check(every_size, monkeypatch
         lora_linear(*bfloat16_arguments())
 
 
-def broken_y(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
-    return aten.forward_wide(x, weight, bias, lora_a, lora_b, 2 * scale, dropout_p, seed)
+def broken_y(problem):
+    return aten.forward_wide(replace(problem, scale=2 * problem.scale))
 
 
 def test_a_forced_backend_is_checked_once(every_size, monkeypatch):
@@ -390,8 +389,8 @@ def test_a_wrong_sole_candidate_gives_way_to_the_reference(every_size, monkeypat
 
 
 def test_a_dropped_bias_is_seen_though_the_layers_own_is_zero(every_size, monkeypatch):
-    def forward(x, weight, bias, *rest):
-        return aten.forward(x, weight, None, *rest)
+    def forward(problem):
+        return aten.forward(replace(problem, bias=None))
 
     broken = Implementation("broken", forward, aten.backward, roundings=2)
     monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: (broken,))
@@ -434,7 +433,7 @@ def test_the_choice_depends_on_tf32_where_it_may_be_used(monkeypatch, own_precis
             x = torch.empty(4, 8, device="cuda", dtype=dtype)
             for precision in ("highest", "high"):
                 torch.set_float32_matmul_precision(precision)
-                implementations.select(x, x, None, x, 1.0, 0.0, "auto")
+                implementations.select(Problem(x, x, None, x, x, 1.0, 0.0, x), "auto")
     assert [", TF32" in problem for problem in problems] == [False, True, False, False]
 
 

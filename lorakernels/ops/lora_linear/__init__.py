@@ -13,6 +13,7 @@ from torch import Tensor
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 from lorakernels.ops.autograd import differentiable_once
 from lorakernels.ops.lora_linear.implementations import select
+from lorakernels.ops.lora_linear.problem import Problem
 from lorakernels.tolerance import accumulation_dtype
 
 BACKENDS = ("auto", "reference", "aten", "onednn", "triton")
@@ -130,8 +131,8 @@ def _forward_op(
     if dropout_p:
         seed.random_()
     rows = x.reshape(-1, x.shape[-1])
-    run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
-    y, s = run.forward(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    y, s = select(problem, backend).forward(problem)
     # no view, or nobody could add to y in place
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), s, seed
 
@@ -165,8 +166,8 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     dy_rows = dy.reshape(-1, dy.shape[-1])
-    run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
-    dx, da, db = run.backward(dy_rows, rows, weight, lora_a, lora_b, s, scale, dropout_p, seed, tuple(needs))
+    problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    dx, da, db = select(problem, backend).backward(problem, dy_rows, s, tuple(needs))
     # an operator returns tensors, never None: an empty one stands for the gradient that nobody asked for
     return (
         x.new_empty(0) if dx is None else dx.view(x.shape),

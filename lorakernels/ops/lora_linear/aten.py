@@ -5,7 +5,7 @@ In float32 and float64 the thin product comes first, bias and all, and the froze
 (beta = 1): the write that would have spread the bias over y carries the update too. In 16 bits the thin
 product is added to the frozen one, which there has a bias epilogue. forward_wide and backward_wide run the
 frozen product of 16-bit tensors in float32, on blocks of the weight, for a CPU whose 16-bit products are the
-slower ones. Signatures and shapes are those of reference.py; S and dS are in float32 or wider.
+slower ones. Shapes are those of `Problem`; S and dS are in float32 or wider.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakernels.cpu_gemm import weight_blocks
+from lorakernels.ops.lora_linear.problem import Gradients, Needs, Problem
 from lorakernels.ops.lora_linear.reference import keep_mask
 from lorakernels.tolerance import accumulation_dtype
 
@@ -29,38 +30,20 @@ CPU_GROUPS = 16
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """y [M, N] in x's dtype and S [M, r] in accumulation_dtype, scale included."""
-    s = shrink(x, lora_a, scale, dropout_p, seed)
+    x, weight, bias, lora_b = problem.x, problem.weight, problem.bias, problem.lora_b
+    s = shrink(problem)
     if x.dtype == s.dtype:
         return _thin_with_bias(s, lora_b, bias).addmm_(x, weight.T), s
     y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
     return _add_product(y, s, lora_b.T), s
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(problem: Problem, dy: Tensor, s: Tensor, needs: Needs) -> Gradients:
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
-    ds, keep, da, db = thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
+    weight, lora_a = problem.weight, problem.lora_a
+    ds, keep, da, db = thin_gradients(problem, dy, s, needs)
     dx = None
     if needs[0] and dy.dtype == ds.dtype:
         dx = ds @ lora_a
@@ -74,18 +57,10 @@ def backward(
     return dx, da, db
 
 
-def forward_wide(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor]:
+def forward_wide(problem: Problem) -> tuple[Tensor, Tensor]:
     """As forward, the products in float32: y is rounded once."""
-    s = shrink(x, lora_a, scale, dropout_p, seed)
+    x, weight, bias, lora_b = problem.x, problem.weight, problem.bias, problem.lora_b
+    s = shrink(problem)
     wide_x, wide_b = x.to(s.dtype), lora_b.to(s.dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     wide_bias = None if bias is None else bias.to(s.dtype)
@@ -96,28 +71,17 @@ def forward_wide(
     return y, s
 
 
-def backward_wide(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward_wide(problem: Problem, dy: Tensor, s: Tensor, needs: Needs) -> Gradients:
     """As backward, the products in float32: dx is rounded once."""
-    ds, keep, da, db = thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
+    ds, keep, da, db = thin_gradients(problem, dy, s, needs)
     dx = None
     if needs[0]:
-        total = ds @ lora_a.to(ds.dtype)
+        total = ds @ problem.lora_a.to(ds.dtype)
         if keep is not None:
             total.mul_(keep)
-        for start, stop, block in weight_blocks(weight, WIDEN_ROWS, ds.dtype):
+        for start, stop, block in weight_blocks(problem.weight, WIDEN_ROWS, ds.dtype):
             total.addmm_(dy[:, start:stop].to(ds.dtype), block)
-        dx = total.to(x.dtype)
+        dx = total.to(problem.x.dtype)
     return dx, da, db
 
 
@@ -151,42 +115,32 @@ def wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     return sum(wide_product_over_rows(block.to(wide), rows) for block, rows in blocks)
 
 
-def shrink(
-    x: Tensor,
-    lora_a: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    product: Product = wide_product,
-) -> Tensor:
+def shrink(problem: Problem, product: Product = wide_product) -> Tensor:
     """S = scale·drop(x)·Aᵀ, [M, r]."""
-    dropped = x * keep_mask(seed, *x.shape, dropout_p) if dropout_p else x
-    return product(dropped, lora_a.T) * (scale / (1 - dropout_p))
+    x, dropout_p = problem.x, problem.dropout_p
+    dropped = x * keep_mask(problem.seed, *x.shape, dropout_p) if dropout_p else x
+    return product(dropped, problem.lora_a.T) * (problem.scale / (1 - dropout_p))
 
 
 def thin_gradients(
+    problem: Problem,
     dy: Tensor,
-    x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
     s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     product: Product = wide_product,
     product_over_rows: Product = wide_product_over_rows,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dS [M, r], the keep mask [M, K], dA and dB, each None where it is not needed."""
+    x, dropout_p = problem.x, problem.dropout_p
     need_x, need_a, need_b = needs
     ds = keep = da = db = None
     if need_x or need_a:
-        ds = product(dy, lora_b) * (scale / (1 - dropout_p))
-        keep = keep_mask(seed, *x.shape, dropout_p) if dropout_p else None
+        ds = product(dy, problem.lora_b) * (problem.scale / (1 - dropout_p))
+        keep = keep_mask(problem.seed, *x.shape, dropout_p) if dropout_p else None
     if need_a:
-        da = product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
+        da = product_over_rows(x if keep is None else x * keep, ds).T.to(problem.lora_a.dtype)
     if need_b:
-        db = product_over_rows(dy, s).to(lora_b.dtype)
+        db = product_over_rows(dy, s).to(problem.lora_b.dtype)
     return ds, keep, da, db
 
 
