@@ -141,7 +141,7 @@ def test_layer(benchmark, model, r, full):
     names = rivals_for(dtype, compiled=ON_GPU or full or smallest)
     rounds = 50 if ON_GPU else CPU_ROUNDS[model]
     run(benchmark, model, rows, r, dtype, rounds=rounds, names=names, with_memory=smallest and not ON_GPU)
-    print(dispatch.report())
+    print(dispatch.kernel_report())
 
 
 @pytest.mark.benchmark(group="lora_linear")
@@ -149,7 +149,7 @@ def test_layer(benchmark, model, r, full):
 def test_layer_in_bf16(benchmark):
     names = rivals_for(torch.bfloat16, compiled=False)
     run(benchmark, "bloom-560m", 1024, 8, torch.bfloat16, rounds=9, names=names)
-    print(dispatch.report())
+    print(dispatch.kernel_report())
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bloomft.config import Config, config_to_yaml, plain_values
 from bloomft.errors import UserError
 from bloomft.files import AppendedFile, write_atomically
-from lorakernels import dispatch
+from lorakernels import kernel_choices, kernel_report, use_kernel_choices
 
 CONFIG, METRICS, KERNELS, WANDB_ID = "config.yaml", "metrics.jsonl", "kernels.json", "wandb-id"
 RUN_FILES = (CONFIG, METRICS, KERNELS, WANDB_ID)  # those that are replaced whole
@@ -106,10 +106,10 @@ class RunLog:
 
         A run that goes on from here reads them back and computes the same bits.
         """
-        if (choices := dispatch.choices()) != self._kernels:
+        if (choices := kernel_choices()) != self._kernels:
             self._kernels = choices
             write_atomically(self.folder / KERNELS, (json.dumps(choices, indent=1) + "\n").encode())
-            self._log.append(f"{dispatch.report()}\n")
+            self._log.append(f"{kernel_report()}\n")
 
     def sync(self) -> None:
         """Make everything written so far durable; a checkpoint that follows may rely on it."""
@@ -125,7 +125,7 @@ def restore_kernel_choices(run_dir: Path) -> None:
     if not path.exists():
         return
     try:
-        dispatch.use_choices(json.loads(path.read_text(encoding="utf-8")))
+        use_kernel_choices(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read back ({error}); remove it to measure anew") from error
 

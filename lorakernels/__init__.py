@@ -1,5 +1,6 @@
 """Kernels for LoRA fine-tuning: fused operations for torch that know nothing of any model."""
 
+from lorakernels.dispatch import kernel_choices, kernel_report, use_kernel_choices
 from lorakernels.modules import LoRALinear, RowParts
 from lorakernels.ops.alibi_attention import AttentionMask, alibi_attention, alibi_slopes, attention_mask
 from lorakernels.ops.frozen_linear import frozen_linear
@@ -14,6 +15,9 @@ __all__ = [
     "alibi_slopes",
     "attention_mask",
     "frozen_linear",
+    "kernel_choices",
+    "kernel_report",
     "linear_cross_entropy",
     "lora_linear",
+    "use_kernel_choices",
 ]

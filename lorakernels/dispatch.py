@@ -7,8 +7,8 @@ takes its place only when it is at least 3% faster. One that is wrong or cannot 
 warning. Where none is left, the plain reference is checked and used, untimed; where that fails too, there is
 an error. A sole candidate is checked in the same way, and so is a forced one, which nothing replaces.
 
-The winner is kept in memory and in whatever the caller makes of choices(); a run that hands it back to
-use_choices() computes the same bits again. On disk, under the versions it was measured with, it is kept only
+The winner is kept in memory and in whatever the caller makes of kernel_choices(); a run that hands it back to
+use_kernel_choices() computes the same bits again. On disk, under the versions it was measured with, it is kept only
 where every candidate could be run and the machine was quiet, or every later process would inherit a busy
 moment or a failure. What ran out of memory is not kept at all: another implementation stands in for the call,
 and later calls try again.
@@ -155,13 +155,13 @@ def choose(
     return _winner(choice, known)
 
 
-def choices() -> dict[str, dict]:
+def kernel_choices() -> dict[str, dict]:
     """Every choice of this process, ready for JSON: {problem: {winner, milliseconds, rejected}}."""
     return {problem: asdict(choice) for problem, choice in sorted(_choices.items())}
 
 
-def use_choices(recorded: dict[str, dict]) -> None:
-    """Repeat what choices() returned in an earlier process; problems that are not in it are measured as ever.
+def use_kernel_choices(recorded: dict[str, dict]) -> None:
+    """Repeat what kernel_choices() returned in an earlier process; problems that are not in it are measured as ever.
 
     Raises:
         ValueError: recorded is not of that form.
@@ -169,7 +169,7 @@ def use_choices(recorded: dict[str, dict]) -> None:
     try:
         _choices.update(_parse(recorded))
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"recorded: expected what dispatch.choices() returns ({error})") from error
+        raise ValueError(f"recorded: expected what kernel_choices() returns ({error})") from error
 
 
 def forget() -> None:
@@ -178,7 +178,7 @@ def forget() -> None:
         state.clear()
 
 
-def report() -> str:
+def kernel_report() -> str:
     """A table of what was chosen, its time, the runners-up and what was dropped."""
     if not _choices:
         return "lorakernels: no choice between implementations was needed"
@@ -426,7 +426,7 @@ def _versions() -> str:
 
 
 def _parse(recorded: dict[str, dict]) -> dict[str, Choice]:
-    """What choices() returned, as it was; AttributeError or TypeError for anything else."""
+    """What kernel_choices() returned, as it was; AttributeError or TypeError for anything else."""
     parsed = {problem: Choice(**choice) for problem, choice in recorded.items()}
     for problem, choice in parsed.items():
         texts = [choice.winner, *choice.milliseconds, *choice.rejected, *choice.rejected.values()]

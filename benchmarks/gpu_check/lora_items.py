@@ -76,7 +76,7 @@ def check_auto(findings: Findings, setting: Setting, model: str, dtype: str) -> 
         ours = [str(one.message) for one in caught if str(one.message).startswith("lorakernels:")]
         findings.faults += [f"r={rank}: warned: {text}" for text in ours]
         winner = "aten"
-        for problem_name, choice in dispatch.choices().items():
+        for problem_name, choice in dispatch.kernel_choices().items():
             winner = findings.notes[problem_name] = choice["winner"]
             findings.faults += [f"{name} was rejected: {why}" for name, why in choice["rejected"].items()]
         with precision(dtype):
