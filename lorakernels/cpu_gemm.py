@@ -176,8 +176,9 @@ class _Trial:
         wide = self.weight.double()
         exact = (self.x.double() @ wide.T, self.dy.double() @ wide)
         dtype = self.weight.dtype
-        rule = {"operands": dtype, "terms": PROBE_SIZE, "roundings": gemm.roundings}
         lines = []
         for name, got, right in zip(("y", "dx"), self.run(gemm), exact, strict=True):
-            lines += deviations(name, got, right, dtype, **rule)
+            lines += deviations(
+                name, got, right, dtype, operands=dtype, terms=PROBE_SIZE, roundings=gemm.roundings
+            )
         return lines

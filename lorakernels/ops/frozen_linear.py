@@ -1,6 +1,6 @@
 """The frozen linear layer, alone or after GELU: nothing is saved for the backward pass that it does not need.
 
-On a CPU the products are those of `cpu_gemm.fastest`, and GELU rides along: a block of rows of gelu(x) is
+On a CPU the products are those of `cpu_gemm.fastest`, and GELU is fused: a block of rows of gelu(x) is
 made, multiplied while it is in cache, and dropped; the backward pass multiplies a block of its gradient with
 the derivative in the same way. So gelu(x) never exists as a whole.
 """
@@ -59,7 +59,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, g
         size = _block_rows(rows)
         for part, block in zip(out.split(size), rows.split(size), strict=True):
             part.copy_(gemm.forward(torch_gelu(block, approximate="tanh"), weight, bias))
-    # no view, or nobody could add to the result in place
+    # not a view, so that callers may add to the result in place
     return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], len(weight)])
 
 

@@ -5,7 +5,7 @@ document boundaries exclude is skipped block by block. So are keys that ALiBi ha
 float32 cannot tell their weights from zero, whatever their scores: where queries and keys are short, a head
 with slope 0.5 sees some 60 tokens back and one with slope 0.05 some 600; long ones bring large scores and
 see further. The backward pass makes the softmax again: nothing is saved but references to query, key and
-value. The bias slope · (j - i) rides in the score product as one more column of the keys, in float32,
+value. The bias slope · (j - i) enters the score product as one more column of the keys, in float32,
 counted from the block's last key in place of each query, which leaves the softmax as it is and the scores
 small: float32 would lose digits of a score beside a bias of hundreds. Of 16-bit inputs, too, scores,
 softmax and their gradients are made in float32; the weights are then rounded, and multiplied in 16 bits
@@ -89,7 +89,7 @@ def backward(
     With P the softmax and dO the incoming gradient: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP - rowsum(dP ∘ P)),
     dQ = dS K / sqrt(D), dK = dSᵀ Q / sqrt(D).
     """
-    gradients = tuple(empty_token_major(query) for _ in range(3))
+    gradients = (empty_token_major(query), empty_token_major(query), empty_token_major(query))
     wide, narrow = accumulation_dtype(query.dtype), product_dtype(query.dtype)
     slopes = slopes.float().to(wide)
     scale = query.shape[-1] ** -0.5
@@ -142,7 +142,7 @@ def _blocks(
 ) -> Iterator[tuple[slice, int, int, int]]:
     """Yield ``(heads, first, start, stop)``: heads whose queries start..stop need keys first..stop.
 
-    As many neighbouring heads at a time as see equally far and as the scratch for scores holds.
+    The heads are neighbours that see equally far, as many as the scratch for scores holds.
     """
     heads, tokens, _ = queries.shape
     most = _heads_at_once(tokens, queries.dtype)

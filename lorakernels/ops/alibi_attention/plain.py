@@ -2,6 +2,8 @@
 of their own: by its definition, a block of queries at a time.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,6 +19,7 @@ QUERIES = 128
 def attention(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, starts: Tensor | None) -> Tensor:
     """The attention's result [B, heads, Tq, D], stored as [B, Tq, heads, D]; starts [B or 1, T] or None."""
     dtype, before = query.dtype, key.shape[2] - query.shape[2]
+    run: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     if query.is_cpu and not torch.is_grad_enabled():
         # torch's CPU kernel takes 16 bits and a float32 bias: no wide copy of all keys and values for a token
         run = _torch_attention

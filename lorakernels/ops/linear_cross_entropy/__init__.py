@@ -180,7 +180,7 @@ def _(row_gradient, hidden, weight, labels, losses, statistics, ignore_index):
 def _save(ctx, inputs, output):
     hidden, weight, labels, ctx.ignore_index, _ = inputs
     losses, statistics, unscaled = output
-    # nobody sees statistics and unscaled, so no zeros stand for their gradients; not marked
+    # callers do not get statistics and unscaled, so no zeros stand for their gradients; not marked
     # non-differentiable, so that a gradient of the gradient is refused
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype

@@ -97,7 +97,7 @@ def weight_gradient(
 
 
 def _products(weight: torch.Tensor) -> tuple[Gemm, torch.dtype]:
-    """Who multiplies by blocks of weight, and in which dtype."""
+    """The Gemm that multiplies by blocks of weight, and the dtype it multiplies in."""
     if not weight.is_cpu:
         # torch's own products, which is what BLAS calls; in 16 bits they would round the logits
         return BLAS, accumulation_dtype(weight.dtype)

@@ -133,7 +133,7 @@ def _forward_op(
     rows = x.reshape(-1, x.shape[-1])
     problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
     y, s = select(problem, backend).forward(problem)
-    # no view, or nobody could add to y in place
+    # not a view, so that callers may add to y in place
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), s, seed
 
 
@@ -168,7 +168,7 @@ def _backward_op(
     dy_rows = dy.reshape(-1, dy.shape[-1])
     problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
     dx, da, db = select(problem, backend).backward(problem, dy_rows, s, tuple(needs))
-    # an operator returns tensors, never None: an empty one stands for the gradient that nobody asked for
+    # an operator returns tensors, never None: an empty one stands for a gradient that was not asked for
     return (
         x.new_empty(0) if dx is None else dx.view(x.shape),
         lora_a.new_empty(0) if da is None else da.contiguous(),
@@ -185,7 +185,7 @@ def _(dy, x, weight, bias, lora_a, lora_b, s, seed, scale, dropout_p, backend, n
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.backend = inputs
     _, s, seed = output
-    # nobody sees s and seed: they need no gradients, and no zeros in their place
+    # callers do not get s and seed: they need no gradients, and no zeros in their place
     ctx.mark_non_differentiable(s, seed)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, lora_a, lora_b, s, seed)

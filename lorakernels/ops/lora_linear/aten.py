@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakernels.cpu_gemm import weight_blocks
 from lorakernels.ops.lora_linear.problem import Gradients, Needs, Problem
-from lorakernels.ops.lora_linear.reference import keep_mask
+from lorakernels.ops.lora_linear.reference import kept_inputs
 from lorakernels.tolerance import accumulation_dtype
 
 # Rows of a 16-bit operand that are widened at a time: bounds the float32 copy, long enough for full GEMM
@@ -44,11 +44,12 @@ def backward(problem: Problem, dy: Tensor, s: Tensor, needs: Needs) -> Gradients
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
     weight, lora_a = problem.weight, problem.lora_a
     ds, keep, da, db = thin_gradients(problem, dy, s, needs)
-    dx = None
-    if needs[0] and dy.dtype == ds.dtype:
+    if ds is None or not needs[0]:
+        return None, da, db
+    if dy.dtype == ds.dtype:
         dx = ds @ lora_a
         dx = (dx if keep is None else dx.mul_(keep)).addmm_(dy, weight)
-    elif needs[0]:
+    else:
         dx = torch.mm(dy, weight)
         if keep is None:
             _add_product(dx, ds, lora_a)
@@ -66,7 +67,7 @@ def forward_wide(problem: Problem) -> tuple[Tensor, Tensor]:
     wide_bias = None if bias is None else bias.to(s.dtype)
     for start, stop, block in weight_blocks(weight, WIDEN_ROWS, s.dtype):
         rows = slice(start, stop)
-        thin = _thin_with_bias(s, wide_b[rows], None if bias is None else wide_bias[rows])
+        thin = _thin_with_bias(s, wide_b[rows], None if wide_bias is None else wide_bias[rows])
         y[:, rows] = thin.addmm_(wide_x, block.T)
     return y, s
 
@@ -74,15 +75,14 @@ def forward_wide(problem: Problem) -> tuple[Tensor, Tensor]:
 def backward_wide(problem: Problem, dy: Tensor, s: Tensor, needs: Needs) -> Gradients:
     """As backward, the products in float32: dx is rounded once."""
     ds, keep, da, db = thin_gradients(problem, dy, s, needs)
-    dx = None
-    if needs[0]:
-        total = ds @ problem.lora_a.to(ds.dtype)
-        if keep is not None:
-            total.mul_(keep)
-        for start, stop, block in weight_blocks(problem.weight, WIDEN_ROWS, ds.dtype):
-            total.addmm_(dy[:, start:stop].to(ds.dtype), block)
-        dx = total.to(problem.x.dtype)
-    return dx, da, db
+    if ds is None or not needs[0]:
+        return None, da, db
+    total = ds @ problem.lora_a.to(ds.dtype)
+    if keep is not None:
+        total.mul_(keep)
+    for start, stop, block in weight_blocks(problem.weight, WIDEN_ROWS, ds.dtype):
+        total.addmm_(dy[:, start:stop].to(ds.dtype), block)
+    return total.to(problem.x.dtype), da, db
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -112,14 +112,15 @@ def wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
         groups = a.unflatten(1, (CPU_GROUPS, -1)).transpose(0, 1)
         return torch.bmm(b.T.expand(CPU_GROUPS, -1, -1), groups).transpose(0, 1).flatten(1).T
     blocks = zip(a.split(WIDEN_ROWS), b.split(WIDEN_ROWS), strict=True)
-    return sum(wide_product_over_rows(block.to(wide), rows) for block, rows in blocks)
+    products = (wide_product_over_rows(block.to(wide), rows) for block, rows in blocks)
+    return sum(products, start=b.new_zeros(()))
 
 
 def shrink(problem: Problem, product: Product = wide_product) -> Tensor:
     """S = scale·drop(x)·Aᵀ, [M, r]."""
-    x, dropout_p = problem.x, problem.dropout_p
-    dropped = x * keep_mask(problem.seed, *x.shape, dropout_p) if dropout_p else x
-    return product(dropped, problem.lora_a.T) * (problem.scale / (1 - dropout_p))
+    x, keep = problem.x, kept_inputs(problem)
+    dropped = x if keep is None else x * keep
+    return product(dropped, problem.lora_a.T) * (problem.scale / (1 - problem.dropout_p))
 
 
 def thin_gradients(
@@ -131,16 +132,16 @@ def thin_gradients(
     product_over_rows: Product = wide_product_over_rows,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dS [M, r], the keep mask [M, K], dA and dB, each None where it is not needed."""
-    x, dropout_p = problem.x, problem.dropout_p
+    x, lora_a, lora_b = problem.x, problem.lora_a, problem.lora_b
     need_x, need_a, need_b = needs
     ds = keep = da = db = None
     if need_x or need_a:
-        ds = product(dy, problem.lora_b) * (problem.scale / (1 - dropout_p))
-        keep = keep_mask(problem.seed, *x.shape, dropout_p) if dropout_p else None
-    if need_a:
-        da = product_over_rows(x if keep is None else x * keep, ds).T.to(problem.lora_a.dtype)
+        ds = product(dy, lora_b) * (problem.scale / (1 - problem.dropout_p))
+        keep = kept_inputs(problem)
+        if need_a:
+            da = product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
     if need_b:
-        db = product_over_rows(dy, s).to(problem.lora_b.dtype)
+        db = product_over_rows(dy, s).to(lora_b.dtype)
     return ds, keep, da, db
 
 

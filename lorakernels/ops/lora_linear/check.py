@@ -2,7 +2,7 @@
 
 The bounds are those of `lorakernels.tolerance`. A sum counts with the sums that its terms are made of: K + r
 terms for y, N + r for dx, M + N for dA, whose dS are sums of N, and M + K for dB, whose S are sums of K.
-The tests, the benchmarks and the self-check before an implementation is first used all ask here.
+The tests, the benchmarks and the self-check before an implementation is first used all use it.
 """
 
 import math
@@ -64,7 +64,7 @@ def random_case(
     and their products. The global random state is left alone.
     """
     (n, k), device = weight.shape, weight.device
-    # far from the seeds of callers, who may have drawn the weight with one: x must not repeat it
+    # far from the seeds of callers, which may have drawn the weight with one: x must not repeat it
     generator = torch.Generator(device).manual_seed(2**31 + seed)
     norm = torch.linalg.vector_norm(weight.detach(), dtype=accumulation_dtype(weight.dtype))
     frozen, root = float(norm) / math.sqrt(n) or 1.0, math.sqrt(abs(scale))
@@ -88,14 +88,14 @@ def random_case(
 
 def plain_results(case: Case, multiplier: Tensor | None = None, *, wide: bool = False) -> list[Tensor]:
     """y, dx, dA and dB of the plain expression by autograd, in float64 where wide."""
-    tensors = [t if t is None else t.detach() for t in case.inputs]
-    dy = case.dy
-    if wide:
-        tensors = [t if t is None else t.double() for t in tensors]
-        dy = dy.double()
+
+    def given(tensor: Tensor) -> Tensor:
+        return tensor.detach().double() if wide else tensor.detach()
+
+    x, weight, lora_a, lora_b, dy = map(given, (case.x, case.weight, case.lora_a, case.lora_b, case.dy))
+    bias = None if case.bias is None else given(case.bias)
     if multiplier is not None:
-        multiplier = multiplier.to(tensors[0].dtype)
-    x, weight, bias, lora_a, lora_b = tensors
+        multiplier = multiplier.to(x.dtype)
     leaves = [x.requires_grad_(), lora_a.requires_grad_(), lora_b.requires_grad_()]
     y = plain_lora_linear(x, weight, bias, lora_a, lora_b, case.scale, multiplier)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from lorakernels.dispatch import Implementation
 from lorakernels.installed import has_triton
 from lorakernels.ops.lora_linear import aten, check, onednn, reference
 from lorakernels.ops.lora_linear.problem import Problem
+
+if TYPE_CHECKING:
+    from lorakernels.ops.lora_linear.triton import Tile
 
 # One sum may cancel to nothing, and no rule holds for it: a check has at least so many of S and dS.
 CHECKED_SUMS = 16
@@ -37,11 +40,10 @@ def triton_implementations(x: Tensor, dropout_p: float) -> tuple[Implementation,
     from lorakernels.ops.lora_linear import triton
 
     if x.device.type == "cpu":
-        tiles = (triton.default_tile(x.dtype),)
-    else:
-        limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-        tiles = triton.shipped_tiles(x.dtype, limit, dropout_p > 0)
-    return tuple(_in_tile(tile) for tile in tiles)
+        return (_in_tile(triton.default_tile(x.dtype)),)
+    properties = torch.cuda.get_device_properties(x.device)
+    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
+    return tuple(_in_tile(tile) for tile in triton.shipped_tiles(x.dtype, limit, dropout_p > 0))
 
 
 def select(problem: Problem, backend: str) -> Implementation:
@@ -51,7 +53,7 @@ def select(problem: Problem, backend: str) -> Implementation:
         ValueError: backend, or the environment variable in its place, names what cannot run here.
     """
     x, weight, dropout_p = problem.x, problem.weight, problem.dropout_p
-    rows = x.shape[0]
+    rows, (n, k) = x.shape[0], weight.shape
     if backend == "auto":
         backend = dispatch.forced_backend() or "auto"
     # an empty sum or result needs no kernel, and GPU grids cannot be empty
@@ -67,7 +69,8 @@ def select(problem: Problem, backend: str) -> Implementation:
         x.dtype,
         problem.lora_a.dtype,
         1 << (rows - 1).bit_length(),
-        *weight.shape,
+        n,
+        k,
         problem.lora_a.shape[0],
         weight.stride(1) != 1,
         problem.bias is not None,
@@ -137,7 +140,7 @@ class _Trial:
 
 
 @functools.cache
-def _in_tile(tile) -> Implementation:
+def _in_tile(tile: "Tile") -> Implementation:
     from lorakernels.ops.lora_linear import triton
 
     forward = functools.partial(triton.forward, tile=tile)

@@ -23,10 +23,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, dy: Tensor, s: Tensor, needs: Needs) -> Gradients:
     """dx [M, K], dA [r, K] and dB [N, r]; None where needs says so."""
     ds, keep, da, db = aten.thin_gradients(problem, dy, s, needs, product, product_over_rows)
-    dx, lora_a = None, problem.lora_a
-    if needs[0]:
-        dx = product(dy, problem.weight)
-        dx = dx.addmm_(ds, lora_a) if keep is None else dx.add_((ds @ lora_a).mul_(keep))
+    if ds is None or not needs[0]:
+        return None, da, db
+    dx, lora_a = product(dy, problem.weight), problem.lora_a
+    dx = dx.addmm_(ds, lora_a) if keep is None else dx.add_((ds @ lora_a).mul_(keep))
     return dx, da, db
 
 

@@ -71,6 +71,14 @@ def _philox(seed: Tensor, groups: Tensor, first_row: int, rows: int) -> tuple[Te
     return c0, c1 & WORD, c2, c3 & WORD
 
 
+def kept_inputs(problem: Problem) -> Tensor | None:
+    """The mask [M, K] of the elements of x that dropout keeps, None where there is no dropout."""
+    if not problem.dropout_p:
+        return None
+    rows, columns = problem.x.shape
+    return keep_mask(problem.seed, rows, columns, problem.dropout_p)
+
+
 def plain_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -94,12 +102,10 @@ def plain_lora_linear(
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """y [M, N] in x's dtype and S [M, r] in `accumulation_dtype`, scale included; only y is rounded."""
-    x, bias, dropout_p = problem.x, problem.bias, problem.dropout_p
+    x, bias, keep = problem.x, problem.bias, kept_inputs(problem)
     wide = accumulation_dtype(x.dtype)
     wide_x = x.to(wide)
-    dropped = wide_x
-    if dropout_p:
-        dropped = wide_x * keep_mask(problem.seed, *x.shape, dropout_p) / (1 - dropout_p)
+    dropped = wide_x if keep is None else wide_x * keep / (1 - problem.dropout_p)
     s = problem.scale * linear(dropped, problem.lora_a.to(wide))
     frozen = linear(wide_x, problem.weight.to(wide), None if bias is None else bias.to(wide))
     return (frozen + linear(s, problem.lora_b.to(wide))).to(x.dtype), s
@@ -107,13 +113,11 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def backward(problem: Problem, dy: Tensor, s: Tensor, needs: Needs) -> Gradients:
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
-    x, lora_a, lora_b, dropout_p = problem.x, problem.lora_a, problem.lora_b, problem.dropout_p
+    x, lora_a, lora_b, keep = problem.x, problem.lora_a, problem.lora_b, kept_inputs(problem)
     need_x, need_a, need_b = needs
     wide = accumulation_dtype(x.dtype)
     wide_dy = dy.to(wide)
-    multiplier: Tensor | float = 1.0
-    if dropout_p:
-        multiplier = keep_mask(problem.seed, *x.shape, dropout_p).to(wide) / (1 - dropout_p)
+    multiplier = 1.0 if keep is None else keep.to(wide) / (1 - problem.dropout_p)
     ds = problem.scale * (wide_dy @ lora_b.to(wide))
     dx = da = db = None
     if need_x:

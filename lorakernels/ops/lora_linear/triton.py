@@ -1,14 +1,14 @@
-"""The LoRA linear in Triton: the low-rank update rides in the frozen GEMM, as further trips of its K loop.
+"""The LoRA linear in Triton: the frozen GEMM adds the low-rank update in further iterations of its K loop.
 
-Forward    shrink: S = s·drop(x)·Aᵀ; then one GEMM whose K loop runs over (x, W) and goes on over (S, B).
+Forward    shrink: S = s·drop(x)·Aᵀ; then one GEMM whose K loop runs over (x, W) and continues over (S, B).
 Backward   one pass over dy gives dS = s·dy·B and the sums of dB = dyᵀ·S; the same GEMM runs over (dy, W) and
-           goes on over (dS, A) for dx; a last pass over x gives dA = dSᵀ·drop(x).
+           continues over (dS, A) for dx; a last pass over x gives dA = dSᵀ·drop(x).
 
 Sums that several programs share are written as partial sums and added by a second kernel in a fixed order: no
 atomics, the same bits every time. Accumulation is in float32, as are S and dS. Beside a 16-bit x a float32
 factor goes through the 16-bit units in parts: three, which are exact, in the thin products; high + low in the
-GEMM, where high·high + low·high + high·low stand side by side in the padding of the rank, at no further trip
-for small ranks. What is rounded to 16 bits is the result alone, once.
+GEMM, where high·high + low·high + high·low stand side by side in the padding of the rank, at no further
+iteration for small ranks. What is rounded to 16 bits is the result alone, once.
 
 Dropout is a function of (seed, row, column), `reference.keep_mask`, so that every kernel makes the mask that
 the forward used again.
@@ -103,7 +103,7 @@ def forward(problem: Problem, *, tile: Tile | None = None) -> tuple[Tensor, Tens
     with torch.cuda.device_of(x):
         partial = _shrink(x, problem.lora_a, problem.dropout_p, seed)
         factor = problem.scale / (1 - problem.dropout_p)
-        s, left = _reduce(partial, lora_b.shape[1], factor, torch.float32, x.dtype, _parts(x, lora_b))
+        s, left = _reduce_and_pack(partial, lora_b.shape[1], factor, x.dtype, _parts(x, lora_b))
         right = _pack(lora_b, x, rank_contiguous=weight.stride(1) == 1)
         return _product(x, weight, problem.bias, left, right, 0.0, seed, tile), s
 
@@ -119,18 +119,18 @@ def backward(problem: Problem, dy: Tensor, s: Tensor, needs: Needs, *, tile: Til
     with torch.cuda.device_of(x):
         if need_b:
             partial_ds, partial_db = _one_pass(dy, lora_b, s)
-            db, _ = _reduce(partial_db, rank, 1.0, lora_b.dtype)
+            db = _reduce(partial_db, rank, 1.0, lora_b.dtype)
         elif need_x or need_a:
             partial_ds = _shrink(dy, lora_b.T, 0.0, seed)
         if need_x or need_a:
             factor = problem.scale / (1 - dropout_p)
-            ds, left = _reduce(partial_ds, rank, factor, torch.float32, x.dtype, _parts(x, lora_a))
+            ds, left = _reduce_and_pack(partial_ds, rank, factor, x.dtype, _parts(x, lora_a))
         if need_x:
             right = _pack(lora_a.T, x, rank_contiguous=weight.stride(0) == 1)
             dx = _product(dy, weight.T, None, left, right, dropout_p, seed, tile)
         if need_a:
             partial_da = _sum_over_rows(x, ds, dropout_p, seed)
-            da = _reduce(partial_da, rank, 1.0, lora_a.dtype, transposed=True)[0].T
+            da = _reduce(partial_da, rank, 1.0, lora_a.dtype, transposed=True).T
     return dx, da, db
 
 
@@ -195,25 +195,25 @@ def _sum_over_rows(x: Tensor, ds: Tensor, dropout_p: float, seed: Tensor) -> Ten
     return partial
 
 
-def _reduce(
-    partial: Tensor,
-    rank: int,
-    scale: float,
-    dtype: torch.dtype,
-    packed_dtype: torch.dtype | None = None,
-    parts: int = 1,
-    transposed: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """scale·Σ partial as [rows, rank] in dtype and, in packed_dtype, as the left factor of the GEMM."""
-    rows, padded = partial.shape[1:]
+def _reduce(partial: Tensor, rank: int, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """scale·Σ partial as [rows, rank] in dtype, stored by columns where transposed."""
+    rows = partial.shape[1]
     shape = (rank, rows) if transposed else (rows, rank)
-    wide = torch.empty(shape, dtype=dtype, device=partial.device)
-    wide = wide.T if transposed else wide
-    packed = None
-    if packed_dtype is not None:
-        packed = torch.empty(rows, parts * padded, dtype=packed_dtype, device=partial.device)
-    _launch_reduce(partial, wide, packed, rank, scale, PACKED_LEFT if packed_dtype else UNPACKED, parts)
-    return wide, packed
+    total = torch.empty(shape, dtype=dtype, device=partial.device)
+    total = total.T if transposed else total
+    _launch_reduce(partial, total, None, rank, scale, UNPACKED, 1)
+    return total
+
+
+def _reduce_and_pack(
+    partial: Tensor, rank: int, scale: float, dtype: torch.dtype, parts: int
+) -> tuple[Tensor, Tensor]:
+    """scale·Σ partial as [rows, rank] in float32 and, in dtype, as the left factor of the GEMM."""
+    rows, padded = partial.shape[1:]
+    total = torch.empty(rows, rank, dtype=torch.float32, device=partial.device)
+    packed = torch.empty(rows, parts * padded, dtype=dtype, device=partial.device)
+    _launch_reduce(partial, total, packed, rank, scale, PACKED_LEFT, parts)
+    return total, packed
 
 
 def _pack(factor: Tensor, x: Tensor, rank_contiguous: bool) -> Tensor:
