@@ -53,7 +53,7 @@ def select(problem: Problem, backend: str) -> Implementation:
         ValueError: backend, or the environment variable in its place, names what cannot run here.
     """
     x, weight, dropout_p = problem.x, problem.weight, problem.dropout_p
-    rows, (n, k) = x.shape[0], weight.shape
+    rows = x.shape[0]
     if backend == "auto":
         backend = dispatch.forced_backend() or "auto"
     # an empty sum or result needs no kernel, and GPU grids cannot be empty
@@ -64,6 +64,7 @@ def select(problem: Problem, backend: str) -> Implementation:
     # a small product on a CPU is over long before a check of it would be
     if x.is_cpu and not cpu_gemm.is_large(rows, weight):
         return chosen[0]
+    n, k = weight.shape
     kind = _Kind(
         dispatch.device_name(x.device),
         x.dtype,
