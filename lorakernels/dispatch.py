@@ -209,10 +209,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def forced_backend() -> str | None:
-    """The value of LORAKERNELS_BACKEND, None where it is unset, empty or "auto"."""
-    name = os.environ.get("LORAKERNELS_BACKEND", "")
-    return None if name in ("", "auto") else name
+def default_backend() -> str:
+    """What backend="auto" means: the value of LORAKERNELS_BACKEND, "auto" where it is unset or empty."""
+    return os.environ.get("LORAKERNELS_BACKEND") or "auto"
 
 
 def _winner(choice: Choice | None, candidates: Sequence[Candidate]) -> Candidate | None:

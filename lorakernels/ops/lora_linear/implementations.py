@@ -55,7 +55,7 @@ def select(problem: Problem, backend: str) -> Implementation:
     x, weight, dropout_p = problem.x, problem.weight, problem.dropout_p
     rows = x.shape[0]
     if backend == "auto":
-        backend = dispatch.forced_backend() or "auto"
+        backend = dispatch.default_backend()
     # an empty sum or result needs no kernel, and GPU grids cannot be empty
     if x.numel() == 0 or weight.numel() == 0:
         return ATEN if backend != "reference" else REFERENCE
