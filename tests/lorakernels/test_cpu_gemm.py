@@ -76,6 +76,16 @@ def test_result_may_be_changed_in_place(choose_gemm):
 
 
 @pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_of_gradients_are_refused(gelu, choose_gemm):
+    choose_gemm(widens=False)
+    x, weight = torch.randn(3, 8).requires_grad_(), torch.randn(5, 8)
+    y = frozen_linear(x, weight, gelu=gelu)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^frozen_linear is differentiable once"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
 def test_nothing_is_saved_but_the_weight_and_what_gelu_needs(gelu, choose_gemm):
     choose_gemm(widens=False)
     x, weight = torch.randn(3, 8).requires_grad_(), torch.randn(5, 8)
