@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lorakernels import dispatch
+from lorakernels import kernel_choices
 
 # Rivals with several phases (forward, backward) are also timed as a whole, under this name.
 WHOLE = "both"
@@ -104,7 +104,7 @@ def record(
         phase: {name: _rounded(asdict(one)) for name, one in timings.items()}
         for phase, timings in phases.items()
     }
-    chosen = {problem: choice["winner"] for problem, choice in dispatch.choices().items()}
+    chosen = {problem: choice["winner"] for problem, choice in kernel_choices().items()}
     benchmark.extra_info.update(
         environment=environment(device), title=title, floor=floor, phases=stored, choices=chosen, **extra
     )

@@ -26,7 +26,7 @@ CPU_ROUNDS = {"bloom-560m": 19, "bloom-1b7": 9, "bloom-7b1": 5}
 TARGETS = {"bloom-560m": (1.06, 60), "bloom-1b7": (1.05, 30)}
 
 
-def lorakernels_linear(problem: check.Problem) -> baselines.Layer:
+def lorakernels_linear(problem: check.Case) -> baselines.Layer:
     """LoRALinear, as a model has it."""
     layer = LoRALinear(problem.weight, problem.bias, problem.lora_a, problem.lora_b, problem.scale)
     return layer, [layer.lora_a, layer.lora_b]
@@ -51,18 +51,18 @@ def rivals_for(dtype: torch.dtype, compiled: bool) -> list[str]:
     return [name for name in LAYERS if name not in left_out and (compiled or name != "PEFT compiled")]
 
 
-def make_problem(model: str, rows: int, r: int, dtype: torch.dtype) -> check.Problem:
+def make_problem(model: str, rows: int, r: int, dtype: torch.dtype) -> check.Case:
     """Adapters in float32 whatever the base is."""
     k, n, _ = SHAPES[model]
     torch.manual_seed(0)
     weight = torch.randn(n, k, device=DEVICE).div_(k**0.5).to(dtype)
-    return check.random_problem(rows, weight, r, torch.float32)
+    return check.random_case(rows, weight, r, torch.float32)
 
 
 class Step:
     """y, then every gradient: dx and, where there are adapters, dA and dB."""
 
-    def __init__(self, layer: baselines.Layer, problem: check.Problem) -> None:
+    def __init__(self, layer: baselines.Layer, problem: check.Case) -> None:
         self.function, self.adapters = layer
         self.x, self.dy = problem.x.detach().clone().requires_grad_(), problem.dy
 
@@ -141,7 +141,7 @@ def test_layer(benchmark, model, r, full):
     names = rivals_for(dtype, compiled=ON_GPU or full or smallest)
     rounds = 50 if ON_GPU else CPU_ROUNDS[model]
     run(benchmark, model, rows, r, dtype, rounds=rounds, names=names, with_memory=smallest and not ON_GPU)
-    print(dispatch.report())
+    print(dispatch.kernel_report())
 
 
 @pytest.mark.benchmark(group="lora_linear")
@@ -149,7 +149,7 @@ def test_layer(benchmark, model, r, full):
 def test_layer_in_bf16(benchmark):
     names = rivals_for(torch.bfloat16, compiled=False)
     run(benchmark, "bloom-560m", 1024, 8, torch.bfloat16, rounds=9, names=names)
-    print(dispatch.report())
+    print(dispatch.kernel_report())
 
 
 @pytest.mark.full

@@ -6,12 +6,10 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import BloomForCausalLM
 
-from bloomft.batch import IGNORE_INDEX, PADDING_ID
-from bloomft.model.patch import adapted_layers
-from lorakernels import cpu_gemm
+from bloomft.batch import IGNORE_INDEX, PADDING_ID, Batch
+from lorakernels import LoRALinear, frozen_linear
 
 FIRST_PROJECTION = "h.0.self_attention.query_key_value"
 
@@ -34,15 +32,14 @@ class StepCost:
     @classmethod
     def of(cls, model: BloomForCausalLM) -> "StepCost":
         """Counted from the layers of a patched model."""
-        adapted = adapted_layers(model.transformer)
         per_token = 0.0
         for name, layer in model.transformer.h.named_modules(prefix="h"):
-            if not (isinstance(layer, torch.nn.Linear) or name in adapted):
+            if not isinstance(layer, torch.nn.Linear | LoRALinear):
                 continue
             N, K = layer.weight.shape
             inputs = 0 if name == FIRST_PROJECTION else 1
             per_token += 2 * K * N * (1 + inputs)
-            if name in adapted:
+            if isinstance(layer, LoRALinear):
                 rows, r = layer.lora_b.shape
                 per_token += 2 * r * K * (2 + inputs) + 2 * r * rows * 3
         V, H = model.lm_head.weight.shape
@@ -62,7 +59,7 @@ class BatchCounts:
     pairs: int = 0
 
     @classmethod
-    def of(cls, batch: dict[str, Tensor]) -> "BatchCounts":
+    def of(cls, batch: Batch) -> "BatchCounts":
         """Counted from labels and document_ids, both [B, T]."""
         document_ids = batch["document_ids"]
         real = document_ids != PADDING_ID
@@ -75,19 +72,19 @@ class BatchCounts:
         return BatchCounts(self.tokens + other.tokens, self.labels + other.labels, self.pairs + other.pairs)
 
 
+@torch.no_grad()
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds: int = 25) -> float:
     """FLOP/s of a square matrix product on ``device``, fastest of ``rounds``: the limit that MFU refers to.
 
     On a CPU by the library and in the precision that `lorakernels` has found to be faster.
     """
-    multiply = cpu_gemm.fastest(dtype).backward if device.type == "cpu" else torch.matmul
     if device.type == "cuda":
         size *= 8
     a = torch.ones(size, size, dtype=dtype, device=device)
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
-        multiply(a, a)
+        frozen_linear(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

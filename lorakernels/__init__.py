@@ -1,8 +1,6 @@
 """Kernels for LoRA fine-tuning: fused operations for torch that know nothing of any model."""
 
-from lorakernels.dispatch import choices as kernel_choices
-from lorakernels.dispatch import report as kernel_report
-from lorakernels.dispatch import use_choices as use_kernel_choices
+from lorakernels.dispatch import kernel_choices, kernel_report, use_kernel_choices
 from lorakernels.modules import LoRALinear, RowParts
 from lorakernels.ops.alibi_attention import AttentionMask, alibi_attention, alibi_slopes, attention_mask
 from lorakernels.ops.frozen_linear import frozen_linear

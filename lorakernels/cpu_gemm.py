@@ -80,7 +80,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def is_large(rows: int, weight: torch.Tensor) -> bool:
     """Whether a product of `rows` rows with weight [N, K] is worth a choice."""
-    return rows * weight.shape[0] * weight.shape[1] >= LARGE
+    return rows * weight.numel() >= LARGE
 
 
 @functools.cache
@@ -176,8 +176,9 @@ class _Trial:
         wide = self.weight.double()
         exact = (self.x.double() @ wide.T, self.dy.double() @ wide)
         dtype = self.weight.dtype
-        rule = {"operands": dtype, "terms": PROBE_SIZE, "roundings": gemm.roundings}
         lines = []
         for name, got, right in zip(("y", "dx"), self.run(gemm), exact, strict=True):
-            lines += deviations(name, got, right, dtype, **rule)
+            lines += deviations(
+                name, got, right, dtype, operands=dtype, terms=PROBE_SIZE, roundings=gemm.roundings
+            )
         return lines

@@ -7,11 +7,11 @@ takes its place only when it is at least 3% faster. One that is wrong or cannot 
 warning. Where none is left, the plain reference is checked and used, untimed; where that fails too, there is
 an error. A sole candidate is checked in the same way, and so is a forced one, which nothing replaces.
 
-The winner is kept in memory and in whatever the caller makes of choices(); a run that hands it back to
-use_choices() computes the same bits again. On disk, under the versions it was measured with, it is kept only
-where every candidate could be run and the machine was quiet, or every later process would inherit a busy
-moment or a failure. What ran out of memory is not kept at all: another implementation stands in for the call,
-and later calls try again.
+The winner is kept in memory and in whatever the caller makes of kernel_choices(); a run that passes it to
+use_kernel_choices() computes the same bits again. On disk, under the versions it was measured with, it is
+kept only where every candidate could be run and the machine was quiet, or a busy moment or a failure would
+decide for every later process. What ran out of memory is not kept at all: another implementation stands in
+for the call, and later calls try again.
 
 LORAKERNELS_BACKEND forces an implementation wherever backend="auto" is asked for, by its whole name or the
 part before the colon. LORAKERNELS_CACHE_DIR moves the file on disk. Nothing is measured while a CUDA graph is
@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -60,6 +60,10 @@ class Implementation:
     roundings: int = field(default=1, kw_only=True)
 
 
+Candidate = TypeVar("Candidate", bound=Implementation)
+Tried = TypeVar("Tried", bound=Implementation, contravariant=True)
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was chosen for a problem: the winner, the milliseconds of each, and why others were dropped.
@@ -72,21 +76,21 @@ class Choice:
     rejected: dict[str, str] = field(default_factory=dict)
 
 
-class Trial(Protocol):
+class Trial(Protocol[Tried]):
     """A problem to measure on, made only when it is needed."""
 
     device: torch.device
 
-    def run(self, implementation: Implementation) -> None:
+    def run(self, implementation: Tried) -> object:
         """Compute forward and backward once."""
 
-    def failures(self, implementation: Implementation) -> list[str]:
+    def failures(self, implementation: Tried) -> list[str]:
         """What is wrong with the implementation's results; empty where they are right."""
 
 
 @dataclass
 class _StandIn:
-    """Who computes a problem whose check ran out of memory, and for how many further calls."""
+    """What computes a problem whose check ran out of memory, and for how many further calls."""
 
     name: str
     wait: int
@@ -111,12 +115,12 @@ _lock = threading.Lock()
 
 def choose(
     problem: str,
-    candidates: Sequence[Implementation],
-    make_trial: Callable[[], Trial],
+    candidates: Sequence[Candidate],
+    make_trial: Callable[[], Trial[Candidate]],
     margin: float = MARGIN,
     *,
-    reference: Implementation | None = None,
-) -> Implementation:
+    reference: Candidate | None = None,
+) -> Candidate:
     """The candidate to compute problem with: the first one, unless another takes at most margin of its time.
 
     problem names everything the choice may depend on, the device included. make_trial is called, in a thread
@@ -140,28 +144,30 @@ def choose(
         if (stand_in := _waiting(problem, known)) is not None:
             return stand_in
         choice = _choices.get(problem) or _read_disk().get(problem)
-        if _winner(choice, known) is None:
+        winner = _winner(choice, known)
+        if choice is None or winner is None:
             outcome = _in_thread(
                 functools.partial(_measure, problem, candidates, reference, make_trial, margin)
             )
             choice = outcome.choice
+            winner = next(one for one in known if one.name == choice.winner)
             if outcome.out_of_memory:
-                _let_stand_in(problem, choice.winner)
-                return _winner(choice, known)
+                _let_stand_in(problem, winner.name)
+                return winner
             if outcome.durable:
                 _write_disk(problem, choice)
         _choices[problem] = choice
         _stand_ins.pop(problem, None)
-    return _winner(choice, known)
+    return winner
 
 
-def choices() -> dict[str, dict]:
+def kernel_choices() -> dict[str, dict]:
     """Every choice of this process, ready for JSON: {problem: {winner, milliseconds, rejected}}."""
     return {problem: asdict(choice) for problem, choice in sorted(_choices.items())}
 
 
-def use_choices(recorded: dict[str, dict]) -> None:
-    """Repeat what choices() returned in an earlier process; problems that are not in it are measured as ever.
+def use_kernel_choices(recorded: dict[str, dict]) -> None:
+    """Repeat what kernel_choices() returned in an earlier process; problems not in it are measured as usual.
 
     Raises:
         ValueError: recorded is not of that form.
@@ -169,7 +175,7 @@ def use_choices(recorded: dict[str, dict]) -> None:
     try:
         _choices.update(_parse(recorded))
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"recorded: expected what dispatch.choices() returns ({error})") from error
+        raise ValueError(f"recorded: expected what kernel_choices() returns ({error})") from error
 
 
 def forget() -> None:
@@ -178,7 +184,7 @@ def forget() -> None:
         state.clear()
 
 
-def report() -> str:
+def kernel_report() -> str:
     """A table of what was chosen, its time, the runners-up and what was dropped."""
     if not _choices:
         return "lorakernels: no choice between implementations was needed"
@@ -203,13 +209,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def forced_backend() -> str | None:
-    """The value of LORAKERNELS_BACKEND, None where it is unset, empty or "auto"."""
-    name = os.environ.get("LORAKERNELS_BACKEND", "")
-    return None if name in ("", "auto") else name
+def default_backend() -> str:
+    """What backend="auto" means: the value of LORAKERNELS_BACKEND, "auto" where it is unset or empty."""
+    return os.environ.get("LORAKERNELS_BACKEND") or "auto"
 
 
-def _winner(choice: Choice | None, candidates: Sequence[Implementation]) -> Implementation | None:
+def _winner(choice: Choice | None, candidates: Sequence[Candidate]) -> Candidate | None:
     """The candidate that was chosen, None where nothing was or it is not among them."""
     if choice is not None:
         for candidate in candidates:
@@ -225,7 +230,7 @@ def _let_stand_in(problem: str, name: str) -> None:
     _stand_ins[problem] = _StandIn(name, wait, wait)
 
 
-def _waiting(problem: str, known: Sequence[Implementation]) -> Implementation | None:
+def _waiting(problem: str, known: Sequence[Candidate]) -> Candidate | None:
     """The stand-in for problem, None where there is none or the next try is due."""
     stand_in = _stand_ins.get(problem)
     if stand_in is None or stand_in.left == 0:
@@ -247,7 +252,7 @@ def _in_thread(measure: Callable[[], _Outcome]) -> _Outcome:
 
 
 def _current_streams() -> list[torch.cuda.Stream]:
-    """The caller's stream on the current CUDA device, last, and before it what others are not the default.
+    """The caller's streams that are not a device's default, and last its stream on the current CUDA device.
 
     A thread begins with the default streams, and to set one makes a context on its device.
     """
@@ -307,9 +312,9 @@ class _Examination:
 
 def _measure(
     problem: str,
-    candidates: Sequence[Implementation],
-    reference: Implementation | None,
-    make_trial: Callable[[], Trial],
+    candidates: Sequence[Candidate],
+    reference: Candidate | None,
+    make_trial: Callable[[], Trial[Candidate]],
     margin: float,
 ) -> _Outcome:
     try:
@@ -405,10 +410,9 @@ def _capturing() -> bool:
 
 
 def _disk_path() -> Path:
-    folder = os.environ.get("LORAKERNELS_CACHE_DIR")
-    if not folder:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakernels"
-    return Path(folder) / "choices.json"
+    if folder := os.environ.get("LORAKERNELS_CACHE_DIR"):
+        return Path(folder) / "choices.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakernels" / "choices.json"
 
 
 @functools.cache
@@ -426,7 +430,7 @@ def _versions() -> str:
 
 
 def _parse(recorded: dict[str, dict]) -> dict[str, Choice]:
-    """What choices() returned, as it was; AttributeError or TypeError for anything else."""
+    """What kernel_choices() returned, as it was; AttributeError or TypeError for anything else."""
     parsed = {problem: Choice(**choice) for problem, choice in recorded.items()}
     for problem, choice in parsed.items():
         texts = [choice.winner, *choice.milliseconds, *choice.rejected, *choice.rejected.values()]
@@ -438,7 +442,7 @@ def _parse(recorded: dict[str, dict]) -> dict[str, Choice]:
     return parsed
 
 
-def _read_file() -> dict[str, dict[str, dict]]:
+def _read_file() -> dict[str, Any]:
     try:
         content = json.loads(_disk_path().read_text())
     except (OSError, ValueError, RecursionError):

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lorakernels.ops.lora_linear import lora_linear
 from lorakernels.ops.lora_linear.implementations import select
+from lorakernels.ops.lora_linear.problem import Problem
+from lorakernels.tolerance import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class LoRALinear(nn.Module):
         rows = n if parts is None else n // len(parts.names) * len(parts.chosen)
         if parts is not None:
             parts.head_dim(n)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(weight.dtype)
         lora_a = torch.empty(r, k, dtype=dtype, device=weight.device)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
         lora_b = torch.zeros(rows, r, dtype=dtype, device=weight.device)
@@ -170,16 +172,18 @@ class LoRALinear(nn.Module):
         Without it a new problem is measured in its first forward, which under torch.compile is in the middle
         of a compiled step. One way alone is checked and not timed; nothing happens where the choice is known.
         """
-        x = self.weight.new_empty(rows, self.in_features)
-        select(
-            x,
+        problem = Problem(
+            self.weight.new_empty(rows, self.in_features),
             self.weight,
             self.bias,
             self.lora_a,
+            self.full_lora_b(),
             self.scale,
             self.dropout_p if self.training else 0.0,
-            self.backend,
+            # a choice does not depend on the mask
+            self.weight.new_empty(0, dtype=torch.int64),
         )
+        select(problem, self.backend)
 
     def full_lora_b(self) -> Tensor:
         """lora_b with a row for every output [N, r]; under parts the rows that were not chosen are zero."""
@@ -188,7 +192,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """scale·B·A, [N, K], in at least float32."""
-        wide = torch.promote_types(self.lora_a.dtype, torch.float32)
+        wide = accumulation_dtype(self.lora_a.dtype)
         return self.scale * (self.full_lora_b().to(wide) @ self.lora_a.to(wide))
 
     @torch.no_grad()

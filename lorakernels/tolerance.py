@@ -1,6 +1,6 @@
-"""How far a result may be from the exact one: one rule, from the dtypes and the length of the sums.
+"""How far a result may be from the exact one: one rule, from dtypes and lengths of sums; the dtype of sums.
 
-The tests, the benchmarks and the check before an implementation is first used all ask here; nothing is
+The tests, the benchmarks and the check before an implementation is first used all use it; nothing is
 compared with what another implementation happens to reach.
 """
 
@@ -13,8 +13,13 @@ from torch import Tensor
 BLOCK_ELEMENTS = 2**24
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype sums over tensors of a floating dtype are kept: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of got - exact over that of exact, in float64; inf for a wrong shape or a non-number."""
+    """Frobenius norm of got - exact over that of exact, in float64; inf for another shape, inf or nan."""
     if got.shape != exact.shape:
         return math.inf
     got, exact = torch.atleast_1d(got, exact)
@@ -39,7 +44,7 @@ def largest_error(
 
     A 16-bit result is one rounding away at best: with rho the error of ``exact.to(dtype)`` itself,
     independent roundings add up to sqrt(roundings) · rho, and a tenth more is allowed, with eps /
-    sqrt(elements) for the luck of the draw where few elements hold most of the norm. Everything else in it
+    sqrt(elements) for chance where few elements hold most of the norm. Everything else in it
     is accumulated in float32. Measured for a LoRA linear whose vendor GEMM is rounded before the update is
     added, in bfloat16: y 0.0024 on an H200, which is 1.45 rho; 1.10 to 1.15 rho on a CPU.
 
@@ -60,8 +65,8 @@ def largest_error(
         rounding = relative_error(exact.to(dtype), exact)
         if not math.isfinite(rounding):
             raise ValueError(f"exact: its values do not fit {dtype}")
-        luck = torch.finfo(dtype).eps / math.sqrt(_effective_elements(exact))
-        return 1.1 * math.sqrt(roundings) * rounding + luck
+        chance = torch.finfo(dtype).eps / math.sqrt(_effective_elements(exact))
+        return 1.1 * math.sqrt(roundings) * rounding + chance
     if exact.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return 2**-9
     if operands.itemsize == 2:

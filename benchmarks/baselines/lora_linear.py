@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from lorakernels import frozen_linear
-from lorakernels.ops.lora_linear.check import Problem
+from lorakernels.ops.lora_linear.check import Case
 from lorakernels.ops.lora_linear.reference import plain_lora_linear
 
 Layer = tuple[Callable[[Tensor], Tensor], list[Tensor]]
 
 
-def frozen(problem: Problem) -> Layer:
+def frozen(problem: Case) -> Layer:
     """The frozen linear alone, by the fastest product that this project knows: the floor."""
     return (lambda x: frozen_linear(x, problem.weight, problem.bias)), []
 
 
-def torch_frozen(problem: Problem) -> Layer:
+def torch_frozen(problem: Case) -> Layer:
     """The frozen linear alone, as torch multiplies."""
     return (lambda x: nn.functional.linear(x, problem.weight, problem.bias)), []
 
 
-def plain(problem: Problem) -> Layer:
+def plain(problem: Case) -> Layer:
     """The textbook expression."""
     lora_a, lora_b = _leaves(problem)
     return (lambda x: plain_lora_linear(x, problem.weight, problem.bias, lora_a, lora_b, problem.scale)), [
@@ -33,7 +33,7 @@ def plain(problem: Problem) -> Layer:
     ]
 
 
-def peft_linear(problem: Problem, *, upcast_adapters: bool = True, compiled: bool = False) -> Layer:
+def peft_linear(problem: Case, *, upcast_adapters: bool = True, compiled: bool = False) -> Layer:
     """PEFT's LoRA layer; upcast_adapters is its default, adapters in float32."""
     (n, k), rank = problem.weight.shape, problem.lora_a.shape[0]
     base = nn.Linear(k, n, bias=problem.bias is not None, device="meta")
@@ -50,17 +50,17 @@ def peft_linear(problem: Problem, *, upcast_adapters: bool = True, compiled: boo
     return (torch.compile(layer) if compiled else layer), adapters
 
 
-def peft_without_upcast(problem: Problem) -> Layer:
+def peft_without_upcast(problem: Case) -> Layer:
     """PEFT with autocast_adapter_dtype=False: adapters in the base's dtype."""
     return peft_linear(problem, upcast_adapters=False)
 
 
-def peft_compiled(problem: Problem) -> Layer:
+def peft_compiled(problem: Case) -> Layer:
     """PEFT under torch.compile."""
     return peft_linear(problem, compiled=True)
 
 
-def loralib_linear(problem: Problem) -> Layer:
+def loralib_linear(problem: Case) -> Layer:
     """loralib's layer, whose adapters have the base's dtype."""
     (n, k), rank = problem.weight.shape, problem.lora_a.shape[0]
     layer = loralib.Linear(
@@ -95,7 +95,7 @@ class _InPlace(torch.autograd.Function):
         return dx, None, None, da, db, None
 
 
-def addmm_in_place(problem: Problem) -> Layer:
+def addmm_in_place(problem: Case) -> Layer:
     """The unfused fast path of LoRA libraries without a GEMM of their own; unsloth publishes this form, which
     is re-implemented here since the package itself runs on a GPU only."""
     lora_a, lora_b = _leaves(problem)
@@ -105,5 +105,5 @@ def addmm_in_place(problem: Problem) -> Layer:
     ]
 
 
-def _leaves(problem: Problem) -> list[Tensor]:
+def _leaves(problem: Case) -> list[Tensor]:
     return [t.detach().clone().requires_grad_() for t in (problem.lora_a, problem.lora_b)]

@@ -15,7 +15,7 @@ from benchmarks.gpu_check.pool import Item, Setting
 from lorakernels import LoRALinear, RowParts, dispatch, lora_linear
 from lorakernels.dispatch import Implementation
 from lorakernels.ops.lora_linear import implementations
-from lorakernels.ops.lora_linear.check import Problem
+from lorakernels.ops.lora_linear.check import Case
 
 # M, K and N of query_key_value at 8,192 tokens: BLOOM-1b7, 7b1 and 560m.
 MAIN = {"1b7": (8192, 2048, 6144), "7b1": (8192, 4096, 12288), "560m": (8192, 1024, 3072)}
@@ -76,7 +76,7 @@ def check_auto(findings: Findings, setting: Setting, model: str, dtype: str) -> 
         ours = [str(one.message) for one in caught if str(one.message).startswith("lorakernels:")]
         findings.faults += [f"r={rank}: warned: {text}" for text in ours]
         winner = "aten"
-        for problem_name, choice in dispatch.choices().items():
+        for problem_name, choice in dispatch.kernel_choices().items():
             winner = findings.notes[problem_name] = choice["winner"]
             findings.faults += [f"{name} was rejected: {why}" for name, why in choice["rejected"].items()]
         with precision(dtype):
@@ -160,25 +160,27 @@ def check_module(findings: Findings, setting: Setting, dtype: str) -> None:
 
 def make_problem(
     setting: Setting, m: int, k: int, n: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype
-) -> Problem:
+) -> Case:
     """Random operands whose frozen part and update weigh about the same in y."""
     generator = torch.Generator(setting.device).manual_seed(m + k + n + r)
 
     def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*shape, generator=generator, device=setting.device) * size).to(dtype)
 
-    return Problem(
+    return Case(
         x=normal(m, k),
         weight=normal(n, k, size=k**-0.5),
         bias=normal(n),
         lora_a=normal(r, k, size=k**-0.5, dtype=adapter_dtype),
         lora_b=normal(n, r, size=r**-0.5, dtype=adapter_dtype),
-        dy=normal(m, n),
         scale=1.5,
+        dropout_p=0.0,
+        seed=torch.empty(0, dtype=torch.int64, device=setting.device),
+        dy=normal(m, n),
     )
 
 
-def main_problem(setting: Setting, model: str, dtype: torch.dtype, rank: int) -> Problem:
+def main_problem(setting: Setting, model: str, dtype: torch.dtype, rank: int) -> Case:
     """A shape of `MAIN`, or one like it for the rehearsal."""
     m, k, n = MAIN[model]
     # the first of the rehearsal's is just large enough for a choice between implementations
@@ -186,7 +188,7 @@ def main_problem(setting: Setting, model: str, dtype: torch.dtype, rank: int) ->
     return make_problem(setting, m, k, n, rank, dtype, torch.float32)
 
 
-def relay(problem: Problem, layout: str, bias: str) -> None:
+def relay(problem: Case, layout: str, bias: str) -> None:
     """The same values in other storage orders."""
     if layout == "weight by columns":
         problem.weight = problem.weight.T.contiguous().T
@@ -202,7 +204,7 @@ def relay(problem: Problem, layout: str, bias: str) -> None:
         problem.bias = torch.stack([problem.bias, problem.bias + 1], 1)[:, 0]
 
 
-def results(problem: Problem, **options) -> list[Tensor]:
+def results(problem: Case, **options) -> list[Tensor]:
     """y, dx, dA and dB through the public function."""
     x, weight, bias, lora_a, lora_b = problem.inputs
     leaves = [tensor.detach().requires_grad_() for tensor in (x, lora_a, lora_b)]
@@ -210,7 +212,7 @@ def results(problem: Problem, **options) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, problem.dy)]
 
 
-def exact_results(problem: Problem, multiplier: Tensor | None = None) -> list[Tensor]:
+def exact_results(problem: Case, multiplier: Tensor | None = None) -> list[Tensor]:
     """y, dx, dA and dB in float64 by the formulas of Hu et al. 2021 (arXiv:2106.09685), some rows at a time.
 
     multiplier [M, K] is the dropout mask with its factor 1 / (1 - p).
@@ -233,7 +235,7 @@ def exact_results(problem: Problem, multiplier: Tensor | None = None) -> list[Te
 def judge(
     findings: Findings,
     name: str,
-    problem: Problem,
+    problem: Case,
     got: list[Tensor],
     exact: list[Tensor],
     implementation: str,
@@ -268,7 +270,7 @@ def named(x: Tensor, dropout_p: float = 0.0) -> list[str]:
     return ["reference", "aten", *(one.name for one in tiles)]
 
 
-def kept_inputs(problem: Problem, seed: int) -> Tensor:
+def kept_inputs(problem: Case, seed: int) -> Tensor:
     """The boolean mask [M, K] of the inputs that dropout keeps, read off results with lora_a a part of 1."""
     k, device = problem.x.shape[1], problem.x.device
     width, ones = 64, torch.ones_like(problem.x)

@@ -84,7 +84,7 @@ class _Utilities:
 
 
 class _Driver(DriverBase):
-    """Stands for a GPU of the chip's kind: Triton compiles for it and believes that it launches."""
+    """A stand-in for a GPU of the chip's kind: Triton compiles for it, and its launches do nothing."""
 
     def __init__(self, chip: Chip, work: tuple[str, str, int]) -> None:
         self.chip, self.work, self.utils = chip, work, _Utilities()
@@ -119,7 +119,7 @@ class _Driver(DriverBase):
 def _record(chip: Chip, dtype: str, launch: Launch, name: str, files: dict[str, str], key: str) -> Record:
     metadata = json.loads(Path(files[f"{name}.json"]).read_text())
     threads = metadata["num_warps"] * chip.target.warp_size
-    measured = _cached(key, lambda: (_nvidia if chip.nvidia else _amd)(name, files))
+    counts = _cached(key, lambda: (_nvidia if chip.nvidia else _amd)(name, files))
     return Record(
         kernel=name,
         role=launch.role,
@@ -129,8 +129,11 @@ def _record(chip: Chip, dtype: str, launch: Launch, name: str, files: dict[str, 
         shared_bytes=metadata["shared"],
         shared_limit=chip.shared_limit,
         threads=threads,
-        blocks_per_sm=chip.blocks_per_sm(measured["registers"], metadata["shared"], threads),
-        **measured,
+        blocks_per_sm=chip.blocks_per_sm(counts["registers"], metadata["shared"], threads),
+        registers=counts["registers"],
+        spill_bytes=counts["spill_bytes"],
+        matrix_instructions=counts["matrix_instructions"],
+        async_copies=counts["async_copies"],
     )
 
 
@@ -157,7 +160,7 @@ def _nvidia(name: str, files: dict[str, str]) -> dict[str, int]:
         command = [str(tool), option, files[f"{name}.cubin"]]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage")).groups()
+    registers, stack = _found(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage")).groups()
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", dump("-sass"))]
     index_of = {at: index for index, (at, _) in enumerate(code)}
     loops = []
@@ -179,7 +182,7 @@ def _amd(name: str, files: dict[str, str]) -> dict[str, int]:
     text = "\n".join(lines)
 
     def number(field: str) -> int:
-        return int(re.search(rf"\.{field}:\s*(\d+)", text)[1])
+        return int(_found(rf"\.{field}:\s*(\d+)", text)[1])
 
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L\w+):", line))}
     loops = []
@@ -198,6 +201,13 @@ def _amd(name: str, files: dict[str, str]) -> dict[str, int]:
         "matrix_instructions": matrix,
         "async_copies": copies,
     }
+
+
+def _found(pattern: str, text: str) -> re.Match[str]:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the compiler's output has nothing like {pattern}")
+    return match
 
 
 def _main_loop(loops: list[list[str]], matrix: str, copy: str) -> tuple[int, int]:

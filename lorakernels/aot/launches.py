@@ -6,6 +6,7 @@ the one of a real call with aligned tensors, and no attribute is written by hand
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -86,15 +87,13 @@ def _thin(dtype: torch.dtype, adapter_dtype: torch.dtype, rank: int) -> Iterator
     (s,) = _meta(torch.float32, (M, rank))
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     name = f"rank {rank}"
-    for dropout_p, suffix in ((0.0, ""), (DROPOUT, " with dropout")):
-        yield Launch(f"shrink{suffix}", name, lambda p=dropout_p: lora_linear._shrink(x, lora_a, p, seed))
-        yield Launch(
-            f"adapter_grad dA{suffix}", name, lambda p=dropout_p: lora_linear._sum_over_rows(x, s, p, seed)
-        )
+    for p, suffix in ((0.0, ""), (DROPOUT, " with dropout")):
+        yield Launch(f"shrink{suffix}", name, partial(lora_linear._shrink, x, lora_a, p, seed))
+        yield Launch(f"adapter_grad dA{suffix}", name, partial(lora_linear._sum_over_rows, x, s, p, seed))
     yield Launch("adapter_grad dS dB", name, lambda: lora_linear._one_pass(dy, lora_b, s))
-    partial = torch.empty(4, M, rank, dtype=torch.float32, device="meta")
+    sums = torch.empty(4, M, rank, dtype=torch.float32, device="meta")
     parts = lora_linear._parts(x, lora_a)
-    yield Launch("reduce", name, lambda: lora_linear._reduce(partial, rank, 2.0, torch.float32, dtype, parts))
+    yield Launch("reduce", name, lambda: lora_linear._reduce_and_pack(sums, rank, 2.0, dtype, parts))
     yield Launch("pack", name, lambda: lora_linear._pack(lora_b, x, rank_contiguous=True))
 
 

@@ -8,42 +8,48 @@ torch's own matrix products. The bodies of the operators, forward and backward, 
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar, TypeVarTuple, cast
 
 import torch
 from torch import Tensor
 
-P, Result = ParamSpec("P"), TypeVar("Result")
+P = ParamSpec("P")
+Result = TypeVar("Result")
+Others = TypeVarTuple("Others")
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_for_autocast(first: Tensor, *others: *Others) -> tuple[Tensor, *Others]:
     """The tensors, cast to autocast's dtype where it is enabled for the first one's device.
 
     Any shapes; None and tensors that are float64 or not floating stay, as under torch's autocast. The casts
     are differentiable.
     """
-    device = tensors[0].device.type
+    device = first.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return first, *others
     dtype = torch.get_autocast_dtype(device)
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
+    def in_dtype(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return tensor
         return tensor.to(dtype)
 
-    return tuple(map(cast, tensors))
+    # each stays what it was, a tensor or None, which types cannot say
+    tensors = cast(tuple[Tensor | None, ...], (first, *others))
+    return cast(tuple[Tensor, *Others], tuple(map(in_dtype, tensors)))
 
 
-def without_autocast(body: Callable[P, Result]) -> Callable[P, Result]:
+def without_autocast(
+    body: Callable[Concatenate[Tensor, P], Result],
+) -> Callable[Concatenate[Tensor, P], Result]:
     """The body of an operator, run with autocast disabled for the device of its first argument, a tensor."""
 
     @functools.wraps(body)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Result:
-        device = args[0].device.type
+    def run(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        device = first.device.type
         if not torch.is_autocast_enabled(device):
-            return body(*args, **kwargs)
+            return body(first, *args, **kwargs)
         with torch.autocast(device, enabled=False):
-            return body(*args, **kwargs)
+            return body(first, *args, **kwargs)
 
     return run

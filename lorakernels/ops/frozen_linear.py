@@ -1,6 +1,6 @@
 """The frozen linear layer, alone or after GELU: nothing is saved for the backward pass that it does not need.
 
-On a CPU the products are those of `cpu_gemm.fastest`, and GELU rides along: a block of rows of gelu(x) is
+On a CPU the products are those of `cpu_gemm.fastest`, and GELU is fused: a block of rows of gelu(x) is
 made, multiplied while it is in cache, and dropped; the backward pass multiplies a block of its gradient with
 the derivative in the same way. So gelu(x) never exists as a whole.
 """
@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from lorakernels import cpu_gemm
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
+from lorakernels.ops.autograd import differentiable_once
 
 # of gelu(x) at a time: stays in the cache, and long enough for full GEMM speed at BLOOM's widths
 BLOCK_BYTES = 4 * 2**20
@@ -58,7 +59,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, g
         size = _block_rows(rows)
         for part, block in zip(out.split(size), rows.split(size), strict=True):
             part.copy_(gemm.forward(torch_gelu(block, approximate="tanh"), weight, bias))
-    # no view, or nobody could add to the result in place
+    # not a view, so that callers may add to the result in place
     return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], len(weight)])
 
 
@@ -108,10 +109,4 @@ def _input_gradient(ctx, dy):
 
 
 _forward.register_autograd(_input_gradient, setup_context=_save)
-
-
-def _refuse_double_backward(ctx, *_gradients):
-    raise RuntimeError("frozen_linear is differentiable once: its backward has no gradient")
-
-
-_backward.register_autograd(_refuse_double_backward)
+_backward.register_autograd(differentiable_once("frozen_linear"))

@@ -84,7 +84,7 @@ def test_a_16_bit_run_records_its_choices_and_goes_on_with_them(run, monkeypatch
     }
     save_checkpoint(dataclasses.replace(state, kernels=other), half.run_dir, keep=False)
     run(train__precision="bf16", optim__scheduler__num_training_steps=4)
-    assert {problem: dispatch.choices()[problem]["winner"] for problem in other} == {
+    assert {problem: dispatch.kernel_choices()[problem]["winner"] for problem in other} == {
         problem: choice["winner"] for problem, choice in other.items()
     }
     dispatch.forget()

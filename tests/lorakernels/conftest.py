@@ -74,7 +74,7 @@ def choose_gemm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def choose(widens: bool, gemm: cpu_gemm.Gemm = cpu_gemm.ONEDNN) -> None:
         narrow = cpu_gemm.in_float32(gemm) if widens else cpu_gemm.NARROW
         winners = {torch.float32: gemm, torch.bfloat16: narrow, torch.float16: narrow}
-        dispatch.use_choices(
+        dispatch.use_kernel_choices(
             {cpu_gemm.precision_problem(dtype): {"winner": one.name} for dtype, one in winners.items()}
         )
 

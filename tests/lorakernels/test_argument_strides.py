@@ -14,6 +14,7 @@ from benchmarks.baselines.cross_entropy import full_logits
 from lorakernels import cpu_gemm, frozen_linear, linear_cross_entropy, lora_linear
 from lorakernels.ops.linear_cross_entropy import aten as loss_in_aten
 from lorakernels.ops.lora_linear import implementations
+from lorakernels.ops.lora_linear.problem import Problem
 from lorakernels.ops.lora_linear.reference import keep_mask, plain_lora_linear
 from lorakernels.tolerance import relative_error
 
@@ -79,8 +80,9 @@ def test_lora_linear(backend, chosen, dtype, dropout_p, device):
     lora_a = laid_out["lora_a"](normal(r, k, seed=4, device=device))
     lora_b = laid_out["lora_b"](normal(n, r, seed=5, device=device))
     seed = laid_out["seed"](torch.tensor([12345], device=device))
-    run = implementations.select(x, weight, bias, lora_a, 2.0, dropout_p, backend)
-    y, s = run.forward(x, weight, bias, lora_a, lora_b, 2.0, dropout_p, seed)
+    problem = Problem(x, weight, bias, lora_a, lora_b, 2.0, dropout_p, seed)
+    run = implementations.select(problem, backend)
+    y, s = run.forward(problem)
     exact = {"x": x, "lora_a": lora_a, "lora_b": lora_b}
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in exact.items()}
     multiplier = keep_mask(seed, m, k, dropout_p) / (1 - dropout_p) if dropout_p else None
@@ -91,7 +93,7 @@ def test_lora_linear(backend, chosen, dtype, dropout_p, device):
     if "expanded" not in chosen["s"]:  # which would change what it holds
         s = laid_out["s"](s)
     needs = (True, True, True)
-    gradients = run.backward(dy, x, weight, lora_a, lora_b, s, 2.0, dropout_p, seed, needs)
+    gradients = run.backward(problem, dy, s, needs)
     assert_close([y, *gradients], [exact_y, *exact_gradients], BOUNDS[dtype])
 
 

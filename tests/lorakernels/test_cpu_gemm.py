@@ -76,6 +76,16 @@ def test_result_may_be_changed_in_place(choose_gemm):
 
 
 @pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_of_gradients_are_refused(gelu, choose_gemm):
+    choose_gemm(widens=False)
+    x, weight = torch.randn(3, 8).requires_grad_(), torch.randn(5, 8)
+    y = frozen_linear(x, weight, gelu=gelu)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^frozen_linear is differentiable once"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
 def test_nothing_is_saved_but_the_weight_and_what_gelu_needs(gelu, choose_gemm):
     choose_gemm(widens=False)
     x, weight = torch.randn(3, 8).requires_grad_(), torch.randn(5, 8)
@@ -108,7 +118,7 @@ def test_few_rows_take_torchs_own_path(monkeypatch):
 @pytest.mark.parametrize(("times", "expected"), [((1.0, 2.0), True), ((1.4, 1.0), True), ((1.6, 1.0), False)])
 def test_16_bits_must_win_clearly_and_are_measured_once(times, expected, monkeypatch, tmp_path):
     monkeypatch.setenv("LORAKERNELS_CACHE_DIR", str(tmp_path))
-    dispatch.use_choices({cpu_gemm.precision_problem(torch.float32): {"winner": "BLAS"}})
+    dispatch.use_kernel_choices({cpu_gemm.precision_problem(torch.float32): {"winner": "BLAS"}})
     measured = []
 
     def seconds(trial, candidate):
@@ -119,7 +129,7 @@ def test_16_bits_must_win_clearly_and_are_measured_once(times, expected, monkeyp
     monkeypatch.setattr(dispatch, "_time", seconds)
     assert [cpu_gemm.widens(torch.bfloat16) for _ in range(3)] == [expected] * 3
     assert len(measured) == 2 * dispatch.ROUNDS
-    assert cpu_gemm.precision_problem(torch.bfloat16) in dispatch.choices()
+    assert cpu_gemm.precision_problem(torch.bfloat16) in dispatch.kernel_choices()
     assert not cpu_gemm.widens(torch.float32)
 
 

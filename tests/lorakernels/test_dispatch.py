@@ -5,6 +5,7 @@ import json
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from lorakernels import cpu_gemm, dispatch, lora_linear
 from lorakernels.dispatch import Implementation
 from lorakernels.ops.lora_linear import aten, implementations
+from lorakernels.ops.lora_linear.problem import Problem
 
 
 class FakeTrial:
@@ -100,7 +102,7 @@ def test_a_wrong_candidate_is_dropped_with_a_warning(wrong):
     good, bad = candidate("good", 0.01), candidate("bad", 0.0, wrong)
     with pytest.warns(UserWarning, match="bad is not used for p: .*(relative error|shared memory)"):
         assert dispatch.choose("p", (good, bad), FakeTrial) is good
-    assert "dropped     bad" in dispatch.report()
+    assert "dropped     bad" in dispatch.kernel_report()
 
 
 def test_a_wrong_baseline_is_replaced():
@@ -126,12 +128,12 @@ def test_out_of_memory_holds_for_a_call_and_warns_once(error, during, tmp_path):
     with pytest.warns(UserWarning, match="fast is not used for p") as seen:
         assert [dispatch.choose("p", (good, short), FakeTrial) for _ in range(3)] == [good] * 3
     assert len(seen) == 1
-    assert dispatch.choices() == {}
+    assert dispatch.kernel_choices() == {}
     assert not (tmp_path / "choices.json").exists()
     # the third call above took the stand-in; the next one tries again, and there is memory now
     fast = candidate("fast", 0.0)
     assert dispatch.choose("p", (good, fast), FakeTrial) is fast
-    assert dispatch.choices()["p"]["rejected"] == {}
+    assert dispatch.kernel_choices()["p"]["rejected"] == {}
     assert (tmp_path / "choices.json").exists()
 
 
@@ -163,7 +165,7 @@ def test_what_does_not_compile_is_dropped_for_this_process_alone(during, tmp_pat
     assert (len(seen), FakeTrial.made) == (1, 1)
     assert len(str(seen[0].message)) < 400
     assert "\n" not in str(seen[0].message)
-    assert set(dispatch.choices()["p"]["milliseconds"]) == {"good"}
+    assert set(dispatch.kernel_choices()["p"]["milliseconds"]) == {"good"}
     assert not (tmp_path / "choices.json").exists()
 
 
@@ -176,12 +178,12 @@ def test_the_plain_reference_is_the_last_candidate(tmp_path):
     ) as seen:
         assert [dispatch.choose("p", wrong, FakeTrial, reference=plain) for _ in range(3)] == [plain] * 3
     assert (len(seen), FakeTrial.made) == (1, 1)
-    choice = dispatch.choices()["p"]
+    choice = dispatch.kernel_choices()["p"]
     assert (choice["winner"], choice["milliseconds"], len(choice["rejected"])) == ("reference", {}, 7)
     assert not (tmp_path / "choices.json").exists()
     # a run that goes on takes it again
     dispatch.forget()
-    dispatch.use_choices({"p": choice})
+    dispatch.use_kernel_choices({"p": choice})
     assert dispatch.choose("p", wrong, FakeTrial, reference=plain) is plain
 
 
@@ -192,7 +194,7 @@ def test_a_wrong_reference_is_an_error_and_nothing_wrong_runs():
             RuntimeError, match=r"no implementation of p is right: wrong: y: inf; reference: y: 0\.5$"
         ):
             dispatch.choose("p", (wrong, wrong), FakeTrial, reference=plain)
-    assert dispatch.choices() == {}
+    assert dispatch.kernel_choices() == {}
 
 
 def test_a_sole_candidate_is_checked_once_and_not_timed(tmp_path):
@@ -241,10 +243,10 @@ def test_a_recorded_choice_is_repeated_without_measuring():
     recorded = json.loads(
         json.dumps({"p": {"winner": "slow", "milliseconds": {"slow": 1.0}, "rejected": {}}})
     )
-    dispatch.use_choices(recorded)
+    dispatch.use_kernel_choices(recorded)
     assert dispatch.choose("p", (slow, fast), FakeTrial) is slow
     assert FakeTrial.made == 0
-    assert dispatch.choices() == recorded
+    assert dispatch.kernel_choices() == recorded
 
 
 @pytest.mark.parametrize(
@@ -262,9 +264,9 @@ def test_a_recorded_choice_is_repeated_without_measuring():
 )
 def test_what_was_never_recorded_is_a_value_error(wrong):
     with pytest.raises(ValueError, match="recorded: expected"):
-        dispatch.use_choices(wrong)
-    assert dispatch.choices() == {}
-    assert dispatch.report().endswith("was needed")
+        dispatch.use_kernel_choices(wrong)
+    assert dispatch.kernel_choices() == {}
+    assert dispatch.kernel_report().endswith("was needed")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 3}', "[" * 100_000])
@@ -298,7 +300,7 @@ def test_nothing_is_measured_under_capture(monkeypatch):
     pair = (candidate("baseline", 0.02), candidate("fast", 0.0))
     assert dispatch.choose("p", pair, FakeTrial).name == "baseline"
     assert FakeTrial.made == 0
-    assert dispatch.choices() == {}
+    assert dispatch.kernel_choices() == {}
 
 
 @pytest.fixture
@@ -314,43 +316,40 @@ def bfloat16_arguments(device: str = "cpu") -> list:
 
 def test_lora_linear_chooses_between_16_bit_and_wide_products(every_size):
     lora_linear(*bfloat16_arguments())
-    ((problem, choice),) = dispatch.choices().items()
+    ((problem, choice),) = dispatch.kernel_choices().items()
     assert "bfloat16 with float32 adapters, M<=32 N=64 K=48 r=4" in problem
     assert choice["winner"] in choice["milliseconds"]
     assert set(choice["milliseconds"]) | set(choice["rejected"]) == {"aten", "aten-wide"}
-    report = dispatch.report()
+    report = dispatch.kernel_report()
     assert problem in report
     assert "<- chosen" in report
     lora_linear(*bfloat16_arguments())
-    assert len(dispatch.choices()) == 1
+    assert len(dispatch.kernel_choices()) == 1
 
 
 def test_lora_linear_chooses_between_the_libraries_of_a_cpu(every_size):
     arguments = [argument.float() for argument in bfloat16_arguments()[:-1]]
     lora_linear(*arguments, 2.0)
-    ((problem, choice),) = dispatch.choices().items()
+    ((problem, choice),) = dispatch.kernel_choices().items()
     assert "float32 with float32 adapters" in problem
     assert set(choice["milliseconds"]) == {"aten", "onednn"}
 
 
 def test_small_problems_of_a_cpu_are_not_measured():
     lora_linear(*bfloat16_arguments())
-    assert not dispatch.choices()
+    assert not dispatch.kernel_choices()
 
 
 def test_measuring_leaves_the_random_state_alone(every_size):
     arguments = bfloat16_arguments()
     state = torch.get_rng_state()
     lora_linear(*arguments)
-    assert dispatch.choices()
+    assert dispatch.kernel_choices()
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_wrong_lora_linear_is_caught_by_the_self_check(every_size, monkeypatch):
-    def forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
-        return aten.forward_wide(x, weight, bias, lora_a, lora_b, 2 * scale, dropout_p, seed)
-
-    broken = Implementation("broken", forward, functools.partial(aten.backward_wide))
+    broken = Implementation("broken", broken_y, functools.partial(aten.backward_wide))
     table = (implementations.ATEN_WIDE, broken)
     monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: table)
     with pytest.warns(
@@ -359,8 +358,8 @@ def test_a_wrong_lora_linear_is_caught_by_the_self_check(every_size, monkeypatch
         lora_linear(*bfloat16_arguments())
 
 
-def broken_y(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
-    return aten.forward_wide(x, weight, bias, lora_a, lora_b, 2 * scale, dropout_p, seed)
+def broken_y(problem):
+    return aten.forward_wide(replace(problem, scale=2 * problem.scale))
 
 
 def test_a_forced_backend_is_checked_once(every_size, monkeypatch):
@@ -390,8 +389,8 @@ def test_a_wrong_sole_candidate_gives_way_to_the_reference(every_size, monkeypat
 
 
 def test_a_dropped_bias_is_seen_though_the_layers_own_is_zero(every_size, monkeypatch):
-    def forward(x, weight, bias, *rest):
-        return aten.forward(x, weight, None, *rest)
+    def forward(problem):
+        return aten.forward(replace(problem, bias=None))
 
     broken = Implementation("broken", forward, aten.backward, roundings=2)
     monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: (broken,))
@@ -434,7 +433,7 @@ def test_the_choice_depends_on_tf32_where_it_may_be_used(monkeypatch, own_precis
             x = torch.empty(4, 8, device="cuda", dtype=dtype)
             for precision in ("highest", "high"):
                 torch.set_float32_matmul_precision(precision)
-                implementations.select(x, x, None, x, 1.0, 0.0, "auto")
+                implementations.select(Problem(x, x, None, x, x, 1.0, 0.0, x), "auto")
     assert [", TF32" in problem for problem in problems] == [False, True, False, False]
 
 

@@ -8,6 +8,7 @@ import torch
 
 from lorakernels.ops.linear_cross_entropy import triton as cross_entropy
 from lorakernels.ops.lora_linear import triton as lora_linear
+from lorakernels.ops.lora_linear.problem import Problem
 
 
 @dataclass
@@ -58,9 +59,10 @@ def test_lora_linear(launches, device):
     x, weight, bias = (torch.randn(*shape, device=device) for shape in ((6, 16), (30, 16), (30,)))
     lora_a, lora_b, dy = (torch.randn(*shape, device=device) for shape in ((4, 16), (30, 4), (6, 30)))
     seed = torch.ones(1, dtype=torch.int64, device=device)
-    _, s = lora_linear.forward(x, weight, bias, lora_a, lora_b, 1.0, 0.5, seed)
+    problem = Problem(x, weight, bias, lora_a, lora_b, 1.0, 0.5, seed)
+    _, s = lora_linear.forward(problem)
     for needs in ((True, True, True), (True, False, False)):
-        lora_linear.backward(dy, x, weight, lora_a, lora_b, s, 1.0, 0.5, seed, needs)
+        lora_linear.backward(problem, dy, s, needs)
     assert {name for name, _ in launches} == {
         "lora_linear_shrink_kernel",
         "lora_linear_reduce_kernel",

@@ -30,10 +30,10 @@ REPEATABLE = {
 }
 
 
-def make_problem(m, n, k, r, dtype, adapter_dtype, *, device, bias=True, seed=0) -> check.Problem:
+def make_problem(m, n, k, r, dtype, adapter_dtype, *, device, bias=True, seed=0) -> check.Case:
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(n, k, generator=generator) / k**0.5).to(device, dtype)
-    return check.random_problem(m, weight, r, adapter_dtype, bias=bias, seed=seed)
+    return check.random_case(m, weight, r, adapter_dtype, bias=bias, seed=seed)
 
 
 def roundings_of(backend: str) -> int:
@@ -41,7 +41,7 @@ def roundings_of(backend: str) -> int:
     return implementations.ATEN.roundings if backend == "aten" else 1
 
 
-def results_of(problem: check.Problem, backend: str, **options) -> list[torch.Tensor]:
+def results_of(problem: check.Case, backend: str, **options) -> list[torch.Tensor]:
     """y, dx, dA and dB through the public function."""
     x, weight, bias, lora_a, lora_b = problem.inputs
     leaves = [t.detach().requires_grad_() for t in (x, lora_a, lora_b)]
@@ -94,7 +94,7 @@ def pool_size(m: int, n: int, k: int, r: int, layout: str) -> int:
     return -(-FEW // sums) if sums else 1
 
 
-def pool(m, n, k, r, dtypes, bias, transposed, layout, seed, device) -> list[check.Problem]:
+def pool(m, n, k, r, dtypes, bias, transposed, layout, seed, device) -> list[check.Case]:
     """As many problems of a kind as it takes to judge them by."""
     problems = []
     for turn in range(pool_size(m, n, k, r, layout)):
@@ -104,7 +104,7 @@ def pool(m, n, k, r, dtypes, bias, transposed, layout, seed, device) -> list[che
     return problems
 
 
-def assert_right(problems: list[check.Problem], backend: str) -> None:
+def assert_right(problems: list[check.Case], backend: str) -> None:
     """Every result keeps the rule, over all the problems together."""
     got = zip(*(results_of(problem, backend) for problem in problems), strict=True)
     exact = zip(*(check.exact_results(problem).results for problem in problems), strict=True)
@@ -125,7 +125,7 @@ def test_results_of_few_sums(backend, shape, dtypes, device):
     assert_right(problems, backend)
 
 
-def relaid(problem: check.Problem, transposed: bool, layout: str) -> None:
+def relaid(problem: check.Case, transposed: bool, layout: str) -> None:
     """The same values in other storage orders."""
     if transposed:
         problem.weight = problem.weight.T.contiguous().T

@@ -19,9 +19,9 @@ def off_by(exact: torch.Tensor, error: float, dtype: torch.dtype) -> torch.Tenso
 
 
 @pytest.fixture(scope="module")
-def problem() -> check.Problem:
+def problem() -> check.Case:
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).div(K**0.5)
-    return check.random_problem(M, weight.bfloat16(), R, torch.float32)
+    return check.random_case(M, weight.bfloat16(), R, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_thin_factors_in_16_bits_do_not(problem, exact):
 def test_right_results_of_narrow_layers_pass(n, k, dtype):
     """With one output or one input, rows of dx or y are multiples of each other, and so are their errors."""
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).div(k**0.5).to(dtype)
-    problem = check.random_problem(M, weight, R, torch.float32)
+    problem = check.random_case(M, weight, R, torch.float32)
     exact = check.exact_results(problem)
     dtypes = (rule["dtype"] for rule in check.rules(problem).values())
     results = [right.to(one) for right, one in zip(exact.results, dtypes, strict=True)]
@@ -81,7 +81,7 @@ def test_right_results_of_narrow_layers_pass(n, k, dtype):
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_float16_holds_adapters_of_any_scale(scale):
     weight = torch.full((512, 1024), 1 / 32, dtype=torch.float16)
-    problem = check.random_problem(2000, weight, 1, torch.float16, scale=scale)
+    problem = check.random_case(2000, weight, 1, torch.float16, scale=scale)
     assert problem.lora_b.isfinite().all()
     assert all(right.half().isfinite().all() for right in check.exact_results(problem).results)
 
@@ -90,7 +90,7 @@ def test_float16_holds_adapters_of_any_scale(scale):
 @pytest.mark.parametrize("size", [0.02, 3.0])
 def test_no_part_of_a_random_problem_is_negligible(size, scale):
     weight = size * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
-    problem = check.random_problem(400, weight, 8, torch.float32, scale=scale)
+    problem = check.random_case(400, weight, 8, torch.float32, scale=scale)
     y, dx = check.exact_results(problem).results[:2]
     frozen_y, frozen_dx = problem.x @ weight.T, problem.dy @ weight
     assert problem.bias.norm() * math.sqrt(400) == pytest.approx(float(frozen_y.norm()), rel=0.2)
@@ -100,13 +100,13 @@ def test_no_part_of_a_random_problem_is_negligible(size, scale):
 
 
 def test_a_frozen_weight_of_zeros_leaves_an_update():
-    problem = check.random_problem(20, torch.zeros(30, 40), 4, torch.float32)
+    problem = check.random_case(20, torch.zeros(30, 40), 4, torch.float32)
     assert problem.lora_b.norm() > 1
 
 
 def test_float16_holds_the_gradients_of_a_long_batch():
     weight = torch.ones(4096, 64, dtype=torch.float16)
-    problem = check.random_problem(2**14, weight, 8, torch.float16, scale=4.0)
+    problem = check.random_case(2**14, weight, 8, torch.float16, scale=4.0)
     assert all(right.abs().max() < 2**14 for right in check.exact_results(problem).results)
 
 

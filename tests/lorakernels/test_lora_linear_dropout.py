@@ -1,6 +1,7 @@
 """Dropout: one mask for every implementation, torch's generator as source, the statistics it promises."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import triton.language as tl
 from lorakernels import lora_linear
 from lorakernels.ops.lora_linear import aten, check, implementations, reference
 from lorakernels.ops.lora_linear.kernels import dropout_keep
+from lorakernels.ops.lora_linear.problem import Problem
 from lorakernels.ops.lora_linear.reference import keep_mask
 
 DTYPES = ((torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float16,) * 2)
@@ -31,7 +33,7 @@ def mask_kernel(mask_ptr, seed_ptr, first_row, n_rows, n_columns, dropout_p, BLO
 
 def implementation(name: str, device: str) -> implementations.Implementation:
     x = torch.zeros(1, 1, device=device)
-    return implementations.select(x, x, None, x, 1.0, 0.5, name)
+    return implementations.select(Problem(x, x, None, x, x, 1.0, 0.5, x), name)
 
 
 def kernel_mask(
@@ -77,8 +79,9 @@ def test_dropout_in_aten_never_waits_for_the_device(dtype):
     x, dy = (torch.empty(10, size, dtype=dtype, device="meta") for size in (24, 40))
     lora_a, lora_b = torch.empty(4, 24, device="meta"), torch.empty(40, 4, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    y, s = aten.forward(x, weight, None, lora_a, lora_b, 1.0, 0.5, seed)
-    gradients = aten.backward(dy, x, weight, lora_a, lora_b, s, 1.0, 0.5, seed, (True, True, True))
+    problem = Problem(x, weight, None, lora_a, lora_b, 1.0, 0.5, seed)
+    y, s = aten.forward(problem)
+    gradients = aten.backward(problem, dy, s, (True, True, True))
     assert [t.shape for t in (y, *gradients)] == [dy.shape, x.shape, lora_a.shape, lora_b.shape]
 
 
@@ -88,9 +91,10 @@ def test_forward_and_backward_use_the_mask_of_the_seed(name, shape, dtypes, devi
     m, n, k, r = shape
     dropout_p, seed = 0.4, torch.tensor([12345678901234567], device=device)
     weight = torch.randn(n, k, device=device).div(k**0.5).to(dtypes[0])
-    problem = check.random_problem(m, weight, r, dtypes[1], bias=False)
+    problem = check.random_case(m, weight, r, dtypes[1], bias=False)
     run = implementation(name, device)
-    results = check.run_results(run.forward, run.backward, problem, dropout_p, seed)
+    dropped = replace(problem, dropout_p=dropout_p, seed=seed)
+    results = check.run_results(run.forward, run.backward, dropped)
     multiplier = keep_mask(seed, m, k, dropout_p) / (1 - dropout_p)
     assert check.failures(results, problem, multiplier, roundings=run.roundings) == []
     # the same results against another mask: the test can fail
@@ -144,7 +148,7 @@ def test_mask_follows_torch_manual_seed(backend, device):
 
 @pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
 def test_mean_over_masks_is_the_value_without_dropout(backend, device):
-    problem = check.random_problem(8, torch.zeros(24, 16, device=device), 4, torch.float32, bias=False)
+    problem = check.random_case(8, torch.zeros(24, 16, device=device), 4, torch.float32, bias=False)
     x, weight, _, lora_a, lora_b = problem.inputs
     many = x.repeat(400, 1)
     dropped = lora_linear(many, weight, None, lora_a, lora_b, 1.0, dropout_p=0.2, backend=backend)

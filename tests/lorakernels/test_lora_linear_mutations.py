@@ -8,6 +8,7 @@ results, below what the rule allows.
 import importlib.util
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,10 @@ ATEN = {
     "update of y": ("return _add_product(y, s, lora_b.T), s", "return y, s", {"y"}),
     "update of dx": ("_add_product(dx, ds, lora_a)", "pass", {"dx"}),
     "bias": ("torch.addmm(bias, x, weight.T)", "torch.mm(x, weight.T)", {"y"}),
-    "scale of S": ("* (scale / (1 - dropout_p))\n\n\ndef thin", "\n\n\ndef thin", {"y", "dB"}),
+    "scale of S": ("* (problem.scale / (1 - dropout_p))\n\n\ndef thin", "\n\n\ndef thin", {"y", "dB"}),
     "scale of dS": (
-        "product(dy, lora_b) * (scale / (1 - dropout_p))", "product(dy, lora_b)", {"dx", "dA"},
+        "product(dy, problem.lora_b) * (problem.scale / (1 - dropout_p))", "product(dy, problem.lora_b)",
+        {"dx", "dA"},
     ),
     "low part of S and dS": ("(a - a_high).to(out.dtype)", "torch.zeros_like(a_high)", {"y", "dx"}),
     "low part of B and A": ("(b - b_high).to(out.dtype)", "torch.zeros_like(b_high)", {"y", "dx"}),
@@ -110,21 +112,22 @@ def spare_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", empty)
 
 
-def make_problem(dtype: torch.dtype, device: str) -> check.Problem:
+def make_problem(dtype: torch.dtype, device: str) -> check.Case:
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).div(K**0.5)
-    problem = check.random_problem(M, weight.to(device, dtype), R, torch.float32)
+    problem = check.random_case(M, weight.to(device, dtype), R, torch.float32)
     for name in ("x", "weight", "lora_a", "lora_b", "dy"):
         setattr(problem, name, embedded(getattr(problem, name)))
     return problem
 
 
-def wrong_results(run, problem: check.Problem, *dropout, roundings: int = 1) -> set[str]:
+def wrong_results(run, problem: check.Case, *dropout, roundings: int = 1) -> set[str]:
     """The names of those that the check finds wrong; dropout is its probability and seed."""
     multiplier = None
     if dropout:
         dropout_p, seed = dropout
         multiplier = keep_mask(seed, M, K, dropout_p) / (1 - dropout_p)
-    results = check.run_results(run.forward, run.backward, problem, *dropout)
+        problem = replace(problem, dropout_p=dropout_p, seed=seed)
+    results = check.run_results(run.forward, run.backward, problem)
     lines = check.failures(results, problem, multiplier, roundings=roundings)
     return {line.split(":")[0].split()[0] for line in lines}
 

@@ -83,9 +83,10 @@ def test_autocast(backend, dtype, device):
         dy = torch.randn_like(y)
         y.backward(dy)
     assert (x.grad.dtype, layer.lora_a.grad.dtype) == (torch.float32, torch.float32)
-    inside = check.Problem(
+    no_seed = torch.empty(0, dtype=torch.int64, device=device)
+    inside = check.Case(
         x.detach().to(dtype), layer.weight.to(dtype), layer.bias.to(dtype), layer.lora_a.detach(),
-        layer.lora_b.detach(), dy, layer.scale,
+        layer.lora_b.detach(), layer.scale, 0.0, no_seed, dy,
     )  # fmt: skip
     results = [y.detach(), x.grad.to(dtype), layer.lora_a.grad, layer.lora_b.grad]
     assert check.failures(results, inside, roundings=2 if backend == "aten" else 1) == []
@@ -129,7 +130,7 @@ def test_checkpointing_replays_the_same_mask(dropout_p, compiler, device):
 @pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
 @pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b", "x lora_b", "lora_a lora_b"])
 def test_only_wanted_gradients_are_computed(backend, wanted, device):
-    problem = check.random_problem(10, torch.randn(30, 20, device=device), 4, torch.float32, bias=False)
+    problem = check.random_case(10, torch.randn(30, 20, device=device), 4, torch.float32, bias=False)
     expected = dict(zip(check.RESULTS, check.plain_results(problem), strict=True))
     x, weight, bias, lora_a, lora_b = (None if t is None else t.detach().clone() for t in problem.inputs)
     leaves = {"x": x, "lora_a": lora_a, "lora_b": lora_b}

@@ -165,10 +165,10 @@ def test_prepare_chooses_before_the_first_forward(monkeypatch):
     monkeypatch.setattr(cpu_gemm, "LARGE", 0)
     layer = trained(nn.Linear(24, 40, dtype=torch.bfloat16), dropout_p=0.1)
     layer.prepare(50)
-    (problem,) = dispatch.choices()
+    (problem,) = dispatch.kernel_choices()
     assert "M<=64 N=40 K=24 r=4, dropout" in problem
     trained(nn.Linear(24, 40, dtype=torch.float64)).prepare(50)
-    (sole,) = (choice for name, choice in dispatch.choices().items() if name != problem)
+    (sole,) = (choice for name, choice in dispatch.kernel_choices().items() if name != problem)
     assert (sole["winner"], sole["milliseconds"]) == ("aten", {}), "one way is checked and not timed"
     monkeypatch.setattr(dispatch, "_measure", None)
     layer(torch.randn(5, 10, 24, dtype=torch.bfloat16)).sum().backward()

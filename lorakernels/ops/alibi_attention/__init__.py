@@ -11,6 +11,7 @@ from lorakernels.ops.alibi_attention import aten, plain
 from lorakernels.ops.alibi_attention.mask import AttentionMask, attention_mask
 from lorakernels.ops.alibi_attention.slopes import alibi_slopes
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
+from lorakernels.ops.autograd import differentiable_once
 
 __all__ = ["AttentionMask", "alibi_attention", "alibi_slopes", "attention_mask"]
 
@@ -143,9 +144,5 @@ def _backward(ctx, out_gradient):
     return *_backward_op(out_gradient, *ctx.saved_tensors), None, None
 
 
-def _refuse_double_backward(ctx, *_gradients):
-    raise RuntimeError("alibi_attention is differentiable once: its backward has no gradient")
-
-
 _forward.register_autograd(_backward, setup_context=_save)
-_backward_op.register_autograd(_refuse_double_backward)
+_backward_op.register_autograd(differentiable_once("alibi_attention"))

@@ -5,7 +5,7 @@ document boundaries exclude is skipped block by block. So are keys that ALiBi ha
 float32 cannot tell their weights from zero, whatever their scores: where queries and keys are short, a head
 with slope 0.5 sees some 60 tokens back and one with slope 0.05 some 600; long ones bring large scores and
 see further. The backward pass makes the softmax again: nothing is saved but references to query, key and
-value. The bias slope · (j - i) rides in the score product as one more column of the keys, in float32,
+value. The bias slope · (j - i) enters the score product as one more column of the keys, in float32,
 counted from the block's last key in place of each query, which leaves the softmax as it is and the scores
 small: float32 would lose digits of a score beside a bias of hundreds. Of 16-bit inputs, too, scores,
 softmax and their gradients are made in float32; the weights are then rounded, and multiplied in 16 bits
@@ -24,6 +24,7 @@ from itertools import pairwise
 import torch
 
 from lorakernels.cpu_gemm import product_dtype
+from lorakernels.tolerance import accumulation_dtype
 
 QUERIES = 128
 KEYS = 256
@@ -58,8 +59,8 @@ def forward(
 ) -> torch.Tensor:
     """The attention's result [B, heads, T, D], stored as [B, T, heads, D]."""
     out = empty_token_major(query)
-    slopes = slopes.float().to(_wide_dtype(query.dtype))
-    wide, narrow = _wide_dtype(query.dtype), product_dtype(query.dtype)
+    wide, narrow = accumulation_dtype(query.dtype), product_dtype(query.dtype)
+    slopes = slopes.float().to(wide)
     for part in _documents(query, starts):
         queries, keys = _with_column(query[part]).mul_(query.shape[-1] ** -0.5), _with_column(key[part])
         queries[..., -1] = 1
@@ -88,9 +89,9 @@ def backward(
     With P the softmax and dO the incoming gradient: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP - rowsum(dP ∘ P)),
     dQ = dS K / sqrt(D), dK = dSᵀ Q / sqrt(D).
     """
-    gradients = tuple(empty_token_major(query) for _ in range(3))
-    slopes = slopes.float().to(_wide_dtype(query.dtype))
-    wide, narrow = _wide_dtype(query.dtype), product_dtype(query.dtype)
+    gradients = (empty_token_major(query), empty_token_major(query), empty_token_major(query))
+    wide, narrow = accumulation_dtype(query.dtype), product_dtype(query.dtype)
+    slopes = slopes.float().to(wide)
     scale = query.shape[-1] ** -0.5
     for part in _documents(query, starts):
         queries, keys = _with_column(query[part]).mul_(scale), _with_column(key[part])  # [heads, n, D + 1]
@@ -141,7 +142,7 @@ def _blocks(
 ) -> Iterator[tuple[slice, int, int, int]]:
     """Yield ``(heads, first, start, stop)``: heads whose queries start..stop need keys first..stop.
 
-    As many neighbouring heads at a time as see equally far and as the scratch for scores holds.
+    The heads are neighbours that see equally far, as many as the scratch for scores holds.
     """
     heads, tokens, _ = queries.shape
     most = _heads_at_once(tokens, queries.dtype)
@@ -184,10 +185,6 @@ def _heads_at_once(tokens: int, dtype: torch.dtype) -> int:
     return max(1, elements // max(1, min(QUERIES, tokens) * tokens))
 
 
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _contiguous(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """tensor [h, n, D] in dtype, its rows side by side, in one pass."""
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
@@ -195,7 +192,7 @@ def _contiguous(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _with_column(tensor: torch.Tensor) -> torch.Tensor:
     """tensor [h, n, D] as [h, n, D + 1] in the dtype of computation, its last column not yet written."""
-    dtype = _wide_dtype(tensor.dtype)
+    dtype = accumulation_dtype(tensor.dtype)
     wide = torch.empty(*tensor.shape[:2], tensor.shape[2] + 1, dtype=dtype, device=tensor.device)
     wide[..., :-1] = tensor
     return wide

@@ -1,4 +1,4 @@
-"""Who attends to whom: causal within documents, as index tensors that are made once a batch for all layers.
+"""Which tokens attend to which: causal within documents, as index tensors made once a batch for all layers.
 
 The tensors come from an opaque operator, so that eager code, compiled blocks and a compiled whole model run
 the same kernels on them: inductor, given the plain operations, would lay the result out anew, and

@@ -3,6 +3,7 @@
 import torch
 
 from lorakernels.ops.alibi_attention.mask import document_starts
+from lorakernels.tolerance import accumulation_dtype
 
 
 def alibi_attention_reference(
@@ -26,7 +27,7 @@ def biases(
     query: torch.Tensor, key: torch.Tensor, slopes: torch.Tensor, document_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """slope · (j - i) where query i sees key j, else -inf: [B or 1, heads, Tq, T] in float32 or wider."""
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(query.dtype)
     queries, keys = query.shape[2], key.shape[2]
     index = torch.arange(keys, device=query.device)
     distance = index - index[keys - queries :, None]  # [Tq, T]

@@ -13,7 +13,9 @@ import torch
 
 from lorakernels.installed import has_triton
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
+from lorakernels.ops.autograd import differentiable_once
 from lorakernels.ops.linear_cross_entropy import aten
+from lorakernels.tolerance import accumulation_dtype
 
 __all__ = ["linear_cross_entropy"]
 
@@ -112,7 +114,7 @@ def _forward(
     rows = len(hidden)
     index = _supervised(labels, ignore_index, len(weight))
     if len(index) == 0:
-        losses = hidden.new_zeros(rows, dtype=aten.statistics_dtype(hidden.dtype))
+        losses = hidden.new_zeros(rows, dtype=accumulation_dtype(hidden.dtype))
         unscaled = losses.new_zeros(rows if with_gradient else 0, hidden.shape[1])
         return losses, losses.new_zeros(rows, 2), unscaled
     hidden, labels = _rows(hidden, index), _rows(labels, index)
@@ -125,7 +127,7 @@ def _forward(
 
 @_forward.register_fake
 def _(hidden, weight, labels, ignore_index, with_gradient):
-    dtype = aten.statistics_dtype(hidden.dtype)
+    dtype = accumulation_dtype(hidden.dtype)
     losses = hidden.new_empty(hidden.shape[0], dtype=dtype)
     gradient = hidden.new_empty(hidden.shape[0] if with_gradient else 0, hidden.shape[1], dtype=dtype)
     return losses, losses.new_empty(hidden.shape[0], 2), gradient
@@ -178,8 +180,8 @@ def _(row_gradient, hidden, weight, labels, losses, statistics, ignore_index):
 def _save(ctx, inputs, output):
     hidden, weight, labels, ctx.ignore_index, _ = inputs
     losses, statistics, unscaled = output
-    # nobody sees statistics and unscaled, so no zeros stand for their gradients; not marked
-    # non-differentiable, so that a gradient of the gradient meets _refuse_double_backward
+    # callers do not get statistics and unscaled, so no zeros stand for their gradients; not marked
+    # non-differentiable, so that a gradient of the gradient is refused
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype
     trained = ctx.needs_input_grad[1]
@@ -200,11 +202,5 @@ def _backward(ctx, row_gradient, _statistics_gradient, _unscaled_gradient):
 
 
 _forward.register_autograd(_backward, setup_context=_save)
-
-
-def _refuse_double_backward(ctx, *_gradients):
-    raise RuntimeError("linear_cross_entropy is differentiable once: its backward has no gradient")
-
-
-_hidden_backward.register_autograd(_refuse_double_backward)
-_weight_backward.register_autograd(_refuse_double_backward)
+_hidden_backward.register_autograd(differentiable_once("linear_cross_entropy"))
+_weight_backward.register_autograd(differentiable_once("linear_cross_entropy"))

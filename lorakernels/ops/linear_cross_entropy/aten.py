@@ -11,14 +11,10 @@ digits when the model is confident.
 import torch
 
 from lorakernels.cpu_gemm import BLAS, Gemm, fastest, product_dtype, weight_blocks
+from lorakernels.tolerance import accumulation_dtype
 
 BUFFER_BYTES = 16 * 2**20
 COLUMNS = 4096
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses, softmax statistics and unscaled gradients: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def block_rows(columns: int, dtype: torch.dtype) -> int:
@@ -32,11 +28,11 @@ def forward(
     """Losses [T], softmax statistics [T, 2] and, if asked, d loss / d hidden [T, H], all unreduced.
 
     hidden [T, H] and weight [V, H] of one dtype, labels [T] all valid. The results are in
-    `statistics_dtype`. The statistics (shift, scale) give the softmax of every column but the label's as
+    `accumulation_dtype`. The statistics (shift, scale) give the softmax of every column but the label's as
     exp(logit - shift) · scale: one number, their log-sum-exp, would be rounded by more than the two.
     """
     rows, width = hidden.shape
-    dtype = statistics_dtype(hidden.dtype)
+    dtype = accumulation_dtype(hidden.dtype)
     gemm, compute = _products(weight)
     states = hidden.to(compute)
     maximum = states.new_full((rows, 1), torch.finfo(dtype).min, dtype=dtype)
@@ -77,7 +73,7 @@ def weight_gradient(
     row_gradient: torch.Tensor,
 ) -> torch.Tensor:
     """``sum over t of row_gradient[t] · (softmax - onehot)[t]ᵀ hidden[t]``, [V, H]; logits are made again."""
-    dtype = statistics_dtype(hidden.dtype)
+    dtype = accumulation_dtype(hidden.dtype)
     gemm, compute = _products(weight)
     # A 16-bit product would be rounded for each chunk of rows: the sum over rows is taken wide.
     states, wide_states = hidden.to(compute), hidden.to(dtype)
@@ -101,10 +97,10 @@ def weight_gradient(
 
 
 def _products(weight: torch.Tensor) -> tuple[Gemm, torch.dtype]:
-    """Who multiplies by blocks of weight, and in which dtype."""
+    """The Gemm that multiplies by blocks of weight, and the dtype it multiplies in."""
     if not weight.is_cpu:
         # torch's own products, which is what BLAS calls; in 16 bits they would round the logits
-        return BLAS, statistics_dtype(weight.dtype)
+        return BLAS, accumulation_dtype(weight.dtype)
     dtype = product_dtype(weight.dtype)
     return fastest(dtype), dtype
 

@@ -5,28 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from lorakernels.ops.linear_cross_entropy.aten import statistics_dtype
-from lorakernels.tolerance import largest_error, relative_error
+from lorakernels.tolerance import accumulation_dtype, largest_error, relative_error
 
 RESULTS = ("loss", "dhidden", "dweight")
-
-
-def exact_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """The loss of each row in float64 [T], 0 where it is ignored; differentiable, holds all logits.
-
-    hidden [T, H], weight [V, H], labels [T]. With z = logsumexp(other logits) - label's logit a loss is
-    softplus(z): `F.cross_entropy` takes logsumexp(all) - label's logit, which for a confident row is the
-    difference of two nearly equal numbers, and has no digits left of a loss of 1e-17.
-    """
-    logits = hidden.double() @ weight.double().T
-    column = labels.clamp(min=0)[:, None]
-    others = logits.scatter(1, column, -torch.inf)
-    # a vocabulary of one has no others
-    lowest = others.new_full((len(others), 1), torch.finfo(torch.float64).min)
-    odds = torch.cat([others, lowest], 1).logsumexp(1) - logits.gather(1, column)[:, 0]
-    # F.softplus has a threshold above which its gradient is 1
-    losses = torch.logaddexp(odds, torch.zeros_like(odds))
-    return losses.masked_fill(labels == ignore_index, 0.0)
 
 
 def bounds(
@@ -55,7 +36,7 @@ def bounds(
     its relative error: that of a sum of H terms, or half an eps where logits are rounded to 16 bits. In that
     case the gradient of the logits, the products with it and the result are rounded too: three roundings.
     """
-    wide = statistics_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     of_a_logit = torch.finfo(dtype).eps / 2
     if not rounds_products:
         of_a_logit = largest_error(exact[0], wide, operands=dtype, terms=width)
@@ -75,7 +56,7 @@ def failures(results: list[Tensor], exact: list[Tensor], dtype: torch.dtype, **s
     lines = []
     allowed = bounds(exact, dtype, **sizes)
     for name, got, right, bound in zip(RESULTS[: len(exact)], results, exact, allowed, strict=True):
-        expected = statistics_dtype(dtype) if name == "loss" else dtype
+        expected = accumulation_dtype(dtype) if name == "loss" else dtype
         error = relative_error(got, right)
         if got.dtype != expected:
             lines.append(f"{name}: {got.dtype} in place of {expected}")

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
+from lorakernels.ops.autograd import differentiable_once
 from lorakernels.ops.lora_linear.implementations import select
-from lorakernels.ops.lora_linear.reference import wide_dtype
+from lorakernels.ops.lora_linear.problem import Problem
+from lorakernels.tolerance import accumulation_dtype
 
 BACKENDS = ("auto", "reference", "aten", "onednn", "triton")
 
@@ -86,7 +88,7 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tenso
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
         if tensor.requires_grad:
             raise ValueError(f"{name}: expected a frozen tensor, got one with requires_grad=True")
-    wider = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wider = accumulation_dtype(x.dtype)
     if lora_a.dtype not in (x.dtype, wider):
         raise TypeError(f"lora_a: expected {x.dtype} or {wider}, got {lora_a.dtype}")
     if lora_b.dtype != lora_a.dtype:
@@ -129,16 +131,16 @@ def _forward_op(
     if dropout_p:
         seed.random_()
     rows = x.reshape(-1, x.shape[-1])
-    run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
-    y, s = run.forward(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    # no view, or nobody could add to y in place
+    problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    y, s = select(problem, backend).forward(problem)
+    # not a view, so that callers may add to y in place
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), s, seed
 
 
 @_forward_op.register_fake
 def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, backend):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    s = x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0], dtype=wide_dtype(x.dtype))
+    s = x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0], dtype=accumulation_dtype(x.dtype))
     return y, s, x.new_empty(_seed_shape(dropout_p), dtype=torch.int64)
 
 
@@ -164,9 +166,9 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     dy_rows = dy.reshape(-1, dy.shape[-1])
-    run = select(rows, weight, bias, lora_a, scale, dropout_p, backend)
-    dx, da, db = run.backward(dy_rows, rows, weight, lora_a, lora_b, s, scale, dropout_p, seed, tuple(needs))
-    # an operator returns tensors, never None: an empty one stands for the gradient that nobody asked for
+    problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    dx, da, db = select(problem, backend).backward(problem, dy_rows, s, tuple(needs))
+    # an operator returns tensors, never None: an empty one stands for a gradient that was not asked for
     return (
         x.new_empty(0) if dx is None else dx.view(x.shape),
         lora_a.new_empty(0) if da is None else da.contiguous(),
@@ -183,7 +185,7 @@ def _(dy, x, weight, bias, lora_a, lora_b, s, seed, scale, dropout_p, backend, n
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.backend = inputs
     _, s, seed = output
-    # nobody sees s and seed: they need no gradients, and no zeros in their place
+    # callers do not get s and seed: they need no gradients, and no zeros in their place
     ctx.mark_non_differentiable(s, seed)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, lora_a, lora_b, s, seed)
@@ -199,9 +201,5 @@ def _backward(ctx, dy, _ds, _dseed):
     return dx, None, None, da, db, None, None, None
 
 
-def _refuse_double_backward(ctx, *_grads):
-    raise RuntimeError("lora_linear is differentiable once: its backward has no gradient (double backward)")
-
-
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(_refuse_double_backward)
+_backward_op.register_autograd(differentiable_once("lora_linear"))

@@ -5,7 +5,7 @@ In float32 and float64 the thin product comes first, bias and all, and the froze
 (beta = 1): the write that would have spread the bias over y carries the update too. In 16 bits the thin
 product is added to the frozen one, which there has a bias epilogue. forward_wide and backward_wide run the
 frozen product of 16-bit tensors in float32, on blocks of the weight, for a CPU whose 16-bit products are the
-slower ones. Signatures and shapes are those of reference.py; S and dS are in float32 or wider.
+slower ones. Shapes are those of `Problem`; S and dS are in float32 or wider.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lorakernels.cpu_gemm import weight_blocks
-from lorakernels.ops.lora_linear.reference import keep_mask, wide_dtype
+from lorakernels.ops.lora_linear.problem import Gradients, Needs, Problem
+from lorakernels.ops.lora_linear.reference import kept_inputs
+from lorakernels.tolerance import accumulation_dtype
 
 # Rows of a 16-bit operand that are widened at a time: bounds the float32 copy, long enough for full GEMM
 # speed.
@@ -28,43 +30,26 @@ CPU_GROUPS = 16
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """y [M, N] in x's dtype and S [M, r] in wide_dtype, scale included."""
-    s = shrink(x, lora_a, scale, dropout_p, seed)
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """y [M, N] in x's dtype and S [M, r] in accumulation_dtype, scale included."""
+    x, weight, bias, lora_b = problem.x, problem.weight, problem.bias, problem.lora_b
+    s = shrink(problem)
     if x.dtype == s.dtype:
         return _thin_with_bias(s, lora_b, bias).addmm_(x, weight.T), s
     y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
     return _add_product(y, s, lora_b.T), s
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(problem: Problem, dy: Tensor, s: Tensor, needs: Needs) -> Gradients:
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
-    ds, keep, da, db = thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
-    dx = None
-    if needs[0] and dy.dtype == ds.dtype:
+    weight, lora_a = problem.weight, problem.lora_a
+    ds, keep, da, db = thin_gradients(problem, dy, s, needs)
+    if ds is None or not needs[0]:
+        return None, da, db
+    if dy.dtype == ds.dtype:
         dx = ds @ lora_a
         dx = (dx if keep is None else dx.mul_(keep)).addmm_(dy, weight)
-    elif needs[0]:
+    else:
         dx = torch.mm(dy, weight)
         if keep is None:
             _add_product(dx, ds, lora_a)
@@ -73,56 +58,36 @@ def backward(
     return dx, da, db
 
 
-def forward_wide(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor]:
+def forward_wide(problem: Problem) -> tuple[Tensor, Tensor]:
     """As forward, the products in float32: y is rounded once."""
-    s = shrink(x, lora_a, scale, dropout_p, seed)
+    x, weight, bias, lora_b = problem.x, problem.weight, problem.bias, problem.lora_b
+    s = shrink(problem)
     wide_x, wide_b = x.to(s.dtype), lora_b.to(s.dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     wide_bias = None if bias is None else bias.to(s.dtype)
     for start, stop, block in weight_blocks(weight, WIDEN_ROWS, s.dtype):
         rows = slice(start, stop)
-        thin = _thin_with_bias(s, wide_b[rows], None if bias is None else wide_bias[rows])
+        thin = _thin_with_bias(s, wide_b[rows], None if wide_bias is None else wide_bias[rows])
         y[:, rows] = thin.addmm_(wide_x, block.T)
     return y, s
 
 
-def backward_wide(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward_wide(problem: Problem, dy: Tensor, s: Tensor, needs: Needs) -> Gradients:
     """As backward, the products in float32: dx is rounded once."""
-    ds, keep, da, db = thin_gradients(dy, x, lora_a, lora_b, s, scale, dropout_p, seed, needs)
-    dx = None
-    if needs[0]:
-        total = ds @ lora_a.to(ds.dtype)
-        if keep is not None:
-            total.mul_(keep)
-        for start, stop, block in weight_blocks(weight, WIDEN_ROWS, ds.dtype):
-            total.addmm_(dy[:, start:stop].to(ds.dtype), block)
-        dx = total.to(x.dtype)
-    return dx, da, db
+    ds, keep, da, db = thin_gradients(problem, dy, s, needs)
+    if ds is None or not needs[0]:
+        return None, da, db
+    total = ds @ problem.lora_a.to(ds.dtype)
+    if keep is not None:
+        total.mul_(keep)
+    for start, stop, block in weight_blocks(problem.weight, WIDEN_ROWS, ds.dtype):
+        total.addmm_(dy[:, start:stop].to(ds.dtype), block)
+    return total.to(problem.x.dtype), da, db
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, r] in a's wide dtype, without a whole wide copy of a."""
-    wide, rank = wide_dtype(a.dtype), b.shape[1]
+    wide, rank = accumulation_dtype(a.dtype), b.shape[1]
     if a.is_cuda:
         return a @ b if a.dtype == wide else _product_of_parts(a, b)
     b = b.to(wide)
@@ -138,7 +103,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 def wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ [K, M] times b [M, r] in a's wide dtype, without a whole wide copy of a."""
-    wide = wide_dtype(a.dtype)
+    wide = accumulation_dtype(a.dtype)
     if a.is_cuda:
         return a.T @ b if a.dtype == wide else _product_of_parts(a.T, b)
     if a.dtype == wide and a.shape[1] % (CPU_GROUPS * CPU_COLUMNS):
@@ -147,43 +112,34 @@ def wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
         groups = a.unflatten(1, (CPU_GROUPS, -1)).transpose(0, 1)
         return torch.bmm(b.T.expand(CPU_GROUPS, -1, -1), groups).transpose(0, 1).flatten(1).T
     blocks = zip(a.split(WIDEN_ROWS), b.split(WIDEN_ROWS), strict=True)
-    return sum(wide_product_over_rows(block.to(wide), rows) for block, rows in blocks)
+    products = (wide_product_over_rows(block.to(wide), rows) for block, rows in blocks)
+    return sum(products, start=b.new_zeros(()))
 
 
-def shrink(
-    x: Tensor,
-    lora_a: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    product: Product = wide_product,
-) -> Tensor:
+def shrink(problem: Problem, product: Product = wide_product) -> Tensor:
     """S = scale·drop(x)·Aᵀ, [M, r]."""
-    dropped = x * keep_mask(seed, *x.shape, dropout_p) if dropout_p else x
-    return product(dropped, lora_a.T) * (scale / (1 - dropout_p))
+    x, keep = problem.x, kept_inputs(problem)
+    dropped = x if keep is None else x * keep
+    return product(dropped, problem.lora_a.T) * (problem.scale / (1 - problem.dropout_p))
 
 
 def thin_gradients(
+    problem: Problem,
     dy: Tensor,
-    x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
     s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     product: Product = wide_product,
     product_over_rows: Product = wide_product_over_rows,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dS [M, r], the keep mask [M, K], dA and dB, each None where it is not needed."""
+    x, lora_a, lora_b = problem.x, problem.lora_a, problem.lora_b
     need_x, need_a, need_b = needs
     ds = keep = da = db = None
     if need_x or need_a:
-        ds = product(dy, lora_b) * (scale / (1 - dropout_p))
-        keep = keep_mask(seed, *x.shape, dropout_p) if dropout_p else None
-    if need_a:
-        da = product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
+        ds = product(dy, lora_b) * (problem.scale / (1 - problem.dropout_p))
+        keep = kept_inputs(problem)
+        if need_a:
+            da = product_over_rows(x if keep is None else x * keep, ds).T.to(lora_a.dtype)
     if need_b:
         db = product_over_rows(dy, s).to(lora_b.dtype)
     return ds, keep, da, db

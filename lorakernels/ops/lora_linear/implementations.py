@@ -1,6 +1,8 @@
 """The table of implementations of the LoRA linear, and the choice among them for a problem."""
 
 import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +11,10 @@ from lorakernels import cpu_gemm, dispatch
 from lorakernels.dispatch import Implementation
 from lorakernels.installed import has_triton
 from lorakernels.ops.lora_linear import aten, check, onednn, reference
+from lorakernels.ops.lora_linear.problem import Problem
+
+if TYPE_CHECKING:
+    from lorakernels.ops.lora_linear.triton import Tile
 
 # One sum may cancel to nothing, and no rule holds for it: a check has at least so many of S and dS.
 CHECKED_SUMS = 16
@@ -34,108 +40,95 @@ def triton_implementations(x: Tensor, dropout_p: float) -> tuple[Implementation,
     from lorakernels.ops.lora_linear import triton
 
     if x.device.type == "cpu":
-        tiles = (triton.default_tile(x.dtype),)
-    else:
-        limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-        tiles = triton.shipped_tiles(x.dtype, limit, dropout_p > 0)
-    return tuple(_in_tile(tile) for tile in tiles)
+        return (_in_tile(triton.default_tile(x.dtype)),)
+    properties = torch.cuda.get_device_properties(x.device)
+    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
+    return tuple(_in_tile(tile) for tile in triton.shipped_tiles(x.dtype, limit, dropout_p > 0))
 
 
-def select(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> Implementation:
-    """The implementation of one problem, x [M, K]; one of them may run forward and another backward.
+def select(problem: Problem, backend: str) -> Implementation:
+    """The implementation of one problem; one of them may run forward and another backward.
 
     Raises:
         ValueError: backend, or the environment variable in its place, names what cannot run here.
     """
+    x, weight, dropout_p = problem.x, problem.weight, problem.dropout_p
+    rows = x.shape[0]
     if backend == "auto":
-        backend = dispatch.forced_backend() or "auto"
+        backend = dispatch.default_backend()
     # an empty sum or result needs no kernel, and GPU grids cannot be empty
     if x.numel() == 0 or weight.numel() == 0:
         return ATEN if backend != "reference" else REFERENCE
     forced = backend != "auto"
     chosen = _named(x, dropout_p, backend) if forced else candidates(x, dropout_p)
     # a small product on a CPU is over long before a check of it would be
-    if x.is_cpu and not cpu_gemm.is_large(x.shape[0], weight):
+    if x.is_cpu and not cpu_gemm.is_large(rows, weight):
         return chosen[0]
-    rank = lora_a.shape[0]
-    problem = _problem(
+    n, k = weight.shape
+    kind = _Kind(
         dispatch.device_name(x.device),
         x.dtype,
-        lora_a.dtype,
-        1 << max(0, x.shape[0] - 1).bit_length(),
-        *weight.shape,
-        rank,
+        problem.lora_a.dtype,
+        1 << (rows - 1).bit_length(),
+        n,
+        k,
+        problem.lora_a.shape[0],
         weight.stride(1) != 1,
-        bias is not None,
+        problem.bias is not None,
         dropout_p > 0,
         x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         backend,
     )
-    trial = functools.partial(
-        _Trial, x.shape[0], weight, bias is not None, rank, lora_a.dtype, scale, dropout_p
-    )
-    return dispatch.choose(problem, chosen, trial, reference=None if forced else REFERENCE)
+    trial = functools.partial(_Trial, problem)
+    return dispatch.choose(_described(kind), chosen, trial, reference=None if forced else REFERENCE)
+
+
+class _Kind(NamedTuple):
+    """All that a choice depends on; rows is rounded up to a power of two."""
+
+    device: str
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    rows: int
+    n: int
+    k: int
+    rank: int
+    by_columns: bool
+    bias: bool
+    dropout: bool
+    tf32: bool
+    backend: str
 
 
 @functools.lru_cache
-def _problem(
-    device: str,
-    dtype: torch.dtype,
-    adapter_dtype: torch.dtype,
-    rows: int,
-    n: int,
-    k: int,
-    rank: int,
-    by_columns: bool,
-    bias: bool,
-    dropout: bool,
-    tf32: bool,
-    backend: str,
-) -> str:
+def _described(kind: _Kind) -> str:
     """What `dispatch` remembers a choice under; kept, since every forward and backward asks for it."""
+    dtypes = f"{dispatch.dtype_name(kind.dtype)} with {dispatch.dtype_name(kind.adapter_dtype)}"
     return (
-        f"lora_linear on {device}, {dispatch.dtype_name(dtype)} with {dispatch.dtype_name(adapter_dtype)} "
-        f"adapters, M<={rows} N={n} K={k} r={rank}{', weight stored by columns' if by_columns else ''}"
-        f"{'' if bias else ', no bias'}{', dropout' if dropout else ''}{', TF32' if tf32 else ''}"
-        f"{'' if backend == 'auto' else f', {backend} only'}"
+        f"lora_linear on {kind.device}, {dtypes} adapters, M<={kind.rows} N={kind.n} K={kind.k} r={kind.rank}"
+        f"{', weight stored by columns' if kind.by_columns else ''}{'' if kind.bias else ', no bias'}"
+        f"{', dropout' if kind.dropout else ''}{', TF32' if kind.tf32 else ''}"
+        f"{'' if kind.backend == 'auto' else f', {kind.backend} only'}"
     )
 
 
 class _Trial:
     """The problem at hand with its own weight; the rest is random, for a new lora_b and bias are zero."""
 
-    def __init__(
-        self,
-        m: int,
-        weight: Tensor,
-        bias: bool,
-        rank: int,
-        adapter_dtype: torch.dtype,
-        scale: float,
-        dropout_p: float,
-    ) -> None:
-        self.device = weight.device
-        self.dropout_p = dropout_p
+    def __init__(self, problem: Problem) -> None:
+        m, rank = problem.x.shape[0], problem.lora_a.shape[0]
+        self.device = problem.weight.device
         make = functools.partial(
-            check.random_problem, weight=weight, r=rank, adapter_dtype=adapter_dtype, bias=bias,
-            scale=scale if scale else 1.0,
+            check.random_case, weight=problem.weight, r=rank, adapter_dtype=problem.lora_a.dtype,
+            bias=problem.bias is not None, scale=problem.scale or 1.0,
         )  # fmt: skip
-        self.problem = make(m)
-        self.checked = self.problem if m * rank >= CHECKED_SUMS else make(-(-CHECKED_SUMS // rank))
-        self.seed = torch.ones(1, dtype=torch.int64, device=self.device)
+        plain = make(m)
+        seed = torch.ones(1, dtype=torch.int64, device=self.device)
+        self.timed = replace(plain, dropout_p=problem.dropout_p, seed=seed)
+        self.checked = plain if m * rank >= CHECKED_SUMS else make(-(-CHECKED_SUMS // rank))
 
     def run(self, implementation: Implementation) -> None:
-        check.run_results(
-            implementation.forward, implementation.backward, self.problem, self.dropout_p, self.seed
-        )
+        check.run_results(implementation.forward, implementation.backward, self.timed)
 
     def failures(self, implementation: Implementation) -> list[str]:
         results = check.run_results(implementation.forward, implementation.backward, self.checked)
@@ -148,7 +141,7 @@ class _Trial:
 
 
 @functools.cache
-def _in_tile(tile) -> Implementation:
+def _in_tile(tile: "Tile") -> Implementation:
     from lorakernels.ops.lora_linear import triton
 
     forward = functools.partial(triton.forward, tile=tile)

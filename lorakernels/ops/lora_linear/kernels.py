@@ -1,4 +1,4 @@
-"""The Triton kernels of the LoRA linear; triton.py launches them and tells how they fit together."""
+"""The Triton kernels of the LoRA linear; triton.py launches them and explains how they fit together."""
 
 import triton
 import triton.language as tl
@@ -241,7 +241,7 @@ def lora_linear_forward_kernel(
         acc = tl.where(keep, acc, 0.0)
         trips = trips_k
     for trip in range(trips):
-        # after the columns of (x, weight) the same pipelined loop goes on over those of (left, right)
+        # after the columns of (x, weight) the same pipelined loop continues over those of (left, right)
         update = trip >= trips_k
         k = tl.where(update, trip - trips_k, trip) * BLOCK_K
         k_ok = inner < tl.where(update, R, K) - k

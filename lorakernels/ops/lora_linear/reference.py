@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lorakernels.ops.lora_linear.problem import Gradients, Needs, Problem
+from lorakernels.tolerance import accumulation_dtype
+
 # Philox4x32 (Salmon et al. 2011); by their table 2 seven rounds pass every test of BigCrush.
 PHILOX_ROUNDS = 7
 PHILOX_A, PHILOX_B = 0xD2511F53, 0xCD9E8D57
@@ -68,6 +71,14 @@ def _philox(seed: Tensor, groups: Tensor, first_row: int, rows: int) -> tuple[Te
     return c0, c1 & WORD, c2, c3 & WORD
 
 
+def kept_inputs(problem: Problem) -> Tensor | None:
+    """The mask [M, K] of the elements of x that dropout keeps, None where there is no dropout."""
+    if not problem.dropout_p:
+        return None
+    rows, columns = problem.x.shape
+    return keep_mask(problem.seed, rows, columns, problem.dropout_p)
+
+
 def plain_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -89,55 +100,28 @@ def plain_lora_linear(
     return (linear(x, weight, bias) + scale * linear(inner, lora_b)).to(x.dtype)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of S, dS and of accumulation beside an x of dtype: float32, float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """y [M, N] in x's dtype and S [M, r] in wide_dtype, scale included; only y is rounded to x's dtype."""
-    wide = wide_dtype(x.dtype)
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """y [M, N] in x's dtype and S [M, r] in `accumulation_dtype`, scale included; only y is rounded."""
+    x, bias, keep = problem.x, problem.bias, kept_inputs(problem)
+    wide = accumulation_dtype(x.dtype)
     wide_x = x.to(wide)
-    dropped = wide_x
-    if dropout_p:
-        dropped = wide_x * keep_mask(seed, *x.shape, dropout_p) / (1 - dropout_p)
-    s = scale * linear(dropped, lora_a.to(wide))
-    frozen = linear(wide_x, weight.to(wide), None if bias is None else bias.to(wide))
-    return (frozen + linear(s, lora_b.to(wide))).to(x.dtype), s
+    dropped = wide_x if keep is None else wide_x * keep / (1 - problem.dropout_p)
+    s = problem.scale * linear(dropped, problem.lora_a.to(wide))
+    frozen = linear(wide_x, problem.weight.to(wide), None if bias is None else bias.to(wide))
+    return (frozen + linear(s, problem.lora_b.to(wide))).to(x.dtype), s
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(problem: Problem, dy: Tensor, s: Tensor, needs: Needs) -> Gradients:
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
+    x, lora_a, lora_b, keep = problem.x, problem.lora_a, problem.lora_b, kept_inputs(problem)
     need_x, need_a, need_b = needs
-    wide = wide_dtype(x.dtype)
+    wide = accumulation_dtype(x.dtype)
     wide_dy = dy.to(wide)
-    multiplier = 1.0
-    if dropout_p:
-        multiplier = keep_mask(seed, *x.shape, dropout_p).to(wide) / (1 - dropout_p)
-    ds = scale * (wide_dy @ lora_b.to(wide))
+    multiplier = 1.0 if keep is None else keep.to(wide) / (1 - problem.dropout_p)
+    ds = problem.scale * (wide_dy @ lora_b.to(wide))
     dx = da = db = None
     if need_x:
-        dx = (wide_dy @ weight.to(wide) + (ds @ lora_a.to(wide)) * multiplier).to(x.dtype)
+        dx = (wide_dy @ problem.weight.to(wide) + (ds @ lora_a.to(wide)) * multiplier).to(x.dtype)
     if need_a:
         da = (ds.T @ (x.to(wide) * multiplier)).to(lora_a.dtype)
     if need_b:

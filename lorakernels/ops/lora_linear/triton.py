@@ -1,14 +1,14 @@
-"""The LoRA linear in Triton: the low-rank update rides in the frozen GEMM, as further trips of its K loop.
+"""The LoRA linear in Triton: the frozen GEMM adds the low-rank update in further iterations of its K loop.
 
-Forward    shrink: S = s·drop(x)·Aᵀ; then one GEMM whose K loop runs over (x, W) and goes on over (S, B).
+Forward    shrink: S = s·drop(x)·Aᵀ; then one GEMM whose K loop runs over (x, W) and continues over (S, B).
 Backward   one pass over dy gives dS = s·dy·B and the sums of dB = dyᵀ·S; the same GEMM runs over (dy, W) and
-           goes on over (dS, A) for dx; a last pass over x gives dA = dSᵀ·drop(x).
+           continues over (dS, A) for dx; a last pass over x gives dA = dSᵀ·drop(x).
 
 Sums that several programs share are written as partial sums and added by a second kernel in a fixed order: no
 atomics, the same bits every time. Accumulation is in float32, as are S and dS. Beside a 16-bit x a float32
 factor goes through the 16-bit units in parts: three, which are exact, in the thin products; high + low in the
-GEMM, where high·high + low·high + high·low stand side by side in the padding of the rank, at no further trip
-for small ranks. What is rounded to 16 bits is the result alone, once.
+GEMM, where high·high + low·high + high·low stand side by side in the padding of the rank, at no further
+iteration for small ranks. What is rounded to 16 bits is the result alone, once.
 
 Dropout is a function of (seed, row, column), `reference.keep_mask`, so that every kernel makes the mask that
 the forward used again.
@@ -31,6 +31,7 @@ from lorakernels.ops.lora_linear.kernels import (
     lora_linear_reduce_kernel,
     lora_linear_shrink_kernel,
 )
+from lorakernels.ops.lora_linear.problem import Gradients, Needs, Problem
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,16 @@ class Tile:
         return (self.block_m + self.block_n) * self.block_k * self.num_stages * element_size
 
 
+@dataclass(frozen=True)
+class ThinTile:
+    """Rows and columns of x or dy that a thin kernel reads at a time, warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
 # The shipped tiles of the GEMM by element size; a chip gets those whose operands fit in its shared memory,
 # and the last one fits all. With dropout, registers must be left for the mask beside the sums.
 TILES = {
@@ -68,10 +79,10 @@ DROPOUT_TILES = {
     2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 8, 4)),
     4: (Tile(64, 64, 32, 4, 2),),
 }
-# Tiles of the thin kernels by element size: rows, columns (the side that is reduced or kept), warps, stages.
-SHRINK_TILES = {2: Tile(64, 16, 64, 4, 3), 4: Tile(32, 16, 32, 4, 3)}
-BACKWARD_TILES = {2: Tile(128, 64, 16, 8, 2), 4: Tile(64, 32, 16, 8, 2)}
-BACKWARD_A_TILES = {2: Tile(64, 16, 128, 8, 2), 4: Tile(32, 16, 64, 8, 2)}
+# Tiles of the thin kernels by element size.
+SHRINK_TILES = {2: ThinTile(64, 64, 4, 3), 4: ThinTile(32, 32, 4, 3)}
+BACKWARD_TILES = {2: ThinTile(128, 64, 8, 2), 4: ThinTile(64, 32, 8, 2)}
+BACKWARD_A_TILES = {2: ThinTile(64, 128, 8, 2), 4: ThinTile(32, 64, 8, 2)}
 REDUCE_ROWS = 64
 # Programs that a thin kernel aims at by splitting its sum: a constant, so that all devices add in one order.
 PROGRAMS = 256
@@ -86,62 +97,40 @@ def shipped_tiles(dtype: torch.dtype, shared_limit: int, dropout: bool = False) 
     return tuple(tile for tile in tiles if tile.shared_bytes(size) <= shared_limit)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    *,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, *, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """y [M, N] in x's dtype and S [M, r] in float32, scale included; M, N and K are not zero."""
-    x = _unit_columns(x)
+    x, weight, lora_b, seed = _unit_columns(problem.x), problem.weight, problem.lora_b, problem.seed
     with torch.cuda.device_of(x):
-        partial = _shrink(x, lora_a, dropout_p, seed)
-        factor = scale / (1 - dropout_p)
-        s, left = _reduce(partial, lora_a.shape[0], factor, torch.float32, x.dtype, _parts(x, lora_b))
+        partial = _shrink(x, problem.lora_a, problem.dropout_p, seed)
+        factor = problem.scale / (1 - problem.dropout_p)
+        s, left = _reduce_and_pack(partial, lora_b.shape[1], factor, x.dtype, _parts(x, lora_b))
         right = _pack(lora_b, x, rank_contiguous=weight.stride(1) == 1)
-        return _product(x, weight, bias, left, right, 0.0, seed, tile), s
+        return _product(x, weight, problem.bias, left, right, 0.0, seed, tile), s
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor,
-    needs: tuple[bool, bool, bool],
-    *,
-    tile: Tile | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(problem: Problem, dy: Tensor, s: Tensor, needs: Needs, *, tile: Tile | None = None) -> Gradients:
     """dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype; None where needs says so."""
+    weight, lora_a, lora_b = problem.weight, problem.lora_a, problem.lora_b
+    dropout_p, seed = problem.dropout_p, problem.seed
     need_x, need_a, need_b = needs
     dx = da = db = None
-    dy, x, s = _unit_columns(dy), _unit_columns(x), _unit_columns(s)
+    dy, x, s = _unit_columns(dy), _unit_columns(problem.x), _unit_columns(s)
     rank = lora_a.shape[0]
     with torch.cuda.device_of(x):
         if need_b:
             partial_ds, partial_db = _one_pass(dy, lora_b, s)
-            db, _ = _reduce(partial_db, rank, 1.0, lora_b.dtype)
+            db = _reduce(partial_db, rank, 1.0, lora_b.dtype)
         elif need_x or need_a:
             partial_ds = _shrink(dy, lora_b.T, 0.0, seed)
         if need_x or need_a:
-            factor = scale / (1 - dropout_p)
-            ds, left = _reduce(partial_ds, rank, factor, torch.float32, x.dtype, _parts(x, lora_a))
+            factor = problem.scale / (1 - dropout_p)
+            ds, left = _reduce_and_pack(partial_ds, rank, factor, x.dtype, _parts(x, lora_a))
         if need_x:
             right = _pack(lora_a.T, x, rank_contiguous=weight.stride(0) == 1)
             dx = _product(dy, weight.T, None, left, right, dropout_p, seed, tile)
         if need_a:
             partial_da = _sum_over_rows(x, ds, dropout_p, seed)
-            da = _reduce(partial_da, rank, 1.0, lora_a.dtype, transposed=True)[0].T
+            da = _reduce(partial_da, rank, 1.0, lora_a.dtype, transposed=True).T
     return dx, da, db
 
 
@@ -150,15 +139,15 @@ def _shrink(x: Tensor, factor: Tensor, dropout_p: float, seed: Tensor) -> Tensor
     (m, k), rank = x.shape, factor.shape[0]
     block_r, padded = _rank_blocks(rank)
     tile = SHRINK_TILES[x.element_size()]
-    blocks = triton.cdiv(m, tile.block_m) * (padded // block_r)
-    splits, length = _split(k, tile.block_k, blocks)
+    blocks = triton.cdiv(m, tile.rows) * (padded // block_r)
+    splits, length = _split(k, tile.columns, blocks)
     partial = torch.empty(splits, m, padded, dtype=torch.float32, device=x.device)
-    lora_linear_shrink_kernel[(triton.cdiv(m, tile.block_m), splits, padded // block_r)](
+    lora_linear_shrink_kernel[(triton.cdiv(m, tile.rows), splits, padded // block_r)](
         x, factor, partial, seed,
         m, k, rank, length,
         x.stride(0), factor.stride(0), factor.stride(1), partial.stride(0), partial.stride(1),
         dropout_p,
-        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
+        BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
         SPLIT=x.dtype != factor.dtype, SHIFT=_shift(x),
         PRECISION=precision(x), num_warps=_thin_warps(x, tile), num_stages=tile.num_stages,
     )  # fmt: skip
@@ -170,8 +159,8 @@ def _one_pass(dy: Tensor, factor: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     (m, n), rank = dy.shape, factor.shape[1]
     block_r, padded = _rank_blocks(rank)
     tile = BACKWARD_TILES[dy.element_size()]
-    blocks_m = triton.cdiv(m, tile.block_m)
-    splits, length = _split(n, tile.block_n, blocks_m * (padded // block_r))
+    blocks_m = triton.cdiv(m, tile.rows)
+    splits, length = _split(n, tile.columns, blocks_m * (padded // block_r))
     ds = torch.empty(splits, m, padded, dtype=torch.float32, device=dy.device)
     db = torch.empty(blocks_m, n, padded, dtype=torch.float32, device=dy.device)
     lora_linear_backward_kernel[(blocks_m, splits, padded // block_r)](
@@ -179,7 +168,7 @@ def _one_pass(dy: Tensor, factor: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         m, n, rank, length,
         dy.stride(0), factor.stride(0), factor.stride(1), s.stride(0),
         ds.stride(0), ds.stride(1), db.stride(0), db.stride(1),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=block_r,
         SPLIT_FACTOR=dy.dtype != factor.dtype, SPLIT_S=dy.dtype != s.dtype, SHIFT=_shift(dy),
         PRECISION=precision(dy), num_warps=_thin_warps(dy, tile), num_stages=tile.num_stages,
     )  # fmt: skip
@@ -191,40 +180,40 @@ def _sum_over_rows(x: Tensor, ds: Tensor, dropout_p: float, seed: Tensor) -> Ten
     (m, k), rank = x.shape, ds.shape[1]
     block_r, padded = _rank_blocks(rank)
     tile = BACKWARD_A_TILES[x.element_size()]
-    blocks = triton.cdiv(k, tile.block_k) * (padded // block_r)
-    splits, length = _split(m, tile.block_m, blocks)
+    blocks = triton.cdiv(k, tile.columns) * (padded // block_r)
+    splits, length = _split(m, tile.rows, blocks)
     partial = torch.empty(splits, k, padded, dtype=torch.float32, device=x.device)
-    lora_linear_backward_a_kernel[(triton.cdiv(k, tile.block_k), splits, padded // block_r)](
+    lora_linear_backward_a_kernel[(triton.cdiv(k, tile.columns), splits, padded // block_r)](
         x, ds, partial, seed,
         m, k, rank, length,
         x.stride(0), ds.stride(0), partial.stride(0), partial.stride(1),
         dropout_p,
-        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
+        BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=block_r, DROPOUT=dropout_p > 0,
         SPLIT=x.dtype != ds.dtype, SHIFT=_shift(x),
         PRECISION=precision(x), num_warps=_thin_warps(x, tile), num_stages=tile.num_stages,
     )  # fmt: skip
     return partial
 
 
-def _reduce(
-    partial: Tensor,
-    rank: int,
-    scale: float,
-    dtype: torch.dtype,
-    packed_dtype: torch.dtype | None = None,
-    parts: int = 1,
-    transposed: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """scale·Σ partial as [rows, rank] in dtype and, in packed_dtype, as the left factor of the GEMM."""
-    rows, padded = partial.shape[1:]
+def _reduce(partial: Tensor, rank: int, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """scale·Σ partial as [rows, rank] in dtype, stored by columns where transposed."""
+    rows = partial.shape[1]
     shape = (rank, rows) if transposed else (rows, rank)
-    wide = torch.empty(shape, dtype=dtype, device=partial.device)
-    wide = wide.T if transposed else wide
-    packed = None
-    if packed_dtype is not None:
-        packed = torch.empty(rows, parts * padded, dtype=packed_dtype, device=partial.device)
-    _launch_reduce(partial, wide, packed, rank, scale, PACKED_LEFT if packed_dtype else UNPACKED, parts)
-    return wide, packed
+    total = torch.empty(shape, dtype=dtype, device=partial.device)
+    total = total.T if transposed else total
+    _launch_reduce(partial, total, None, rank, scale, UNPACKED, 1)
+    return total
+
+
+def _reduce_and_pack(
+    partial: Tensor, rank: int, scale: float, dtype: torch.dtype, parts: int
+) -> tuple[Tensor, Tensor]:
+    """scale·Σ partial as [rows, rank] in float32 and, in dtype, as the left factor of the GEMM."""
+    rows, padded = partial.shape[1:]
+    total = torch.empty(rows, rank, dtype=torch.float32, device=partial.device)
+    packed = torch.empty(rows, parts * padded, dtype=dtype, device=partial.device)
+    _launch_reduce(partial, total, packed, rank, scale, PACKED_LEFT, parts)
+    return total, packed
 
 
 def _pack(factor: Tensor, x: Tensor, rank_contiguous: bool) -> Tensor:
@@ -302,7 +291,7 @@ def precision(x: Tensor) -> str:
     return "tf32" if tf32 and _target(x) == ("cuda", 32) else "ieee"
 
 
-def _thin_warps(x: Tensor, tile: Tile) -> int:
+def _thin_warps(x: Tensor, tile: ThinTile) -> int:
     """Warps of a thin kernel: 256 threads at most, which is four of AMD's warps."""
     return min(tile.num_warps, 256 // _target(x)[1])
 
