@@ -169,7 +169,7 @@ def test_index_tensors_that_kernels_would_misread_are_refused():
 def test_inductors_kernels_read_each_rows_own_blocks():
     """4 rows of 16 blocks: a row further is 16 counts and 256 numbers further, not 0."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.lorakernels.inductor_cuda_code"],
+        [sys.executable, "-m", "tests.lorakernels.ops.alibi_attention.inductor_cuda_code"],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

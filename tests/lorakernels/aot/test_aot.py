@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FIELDS = {
     "kernel", "role", "arch", "dtype", "tile", "registers", "spill_bytes", "shared_bytes", "shared_limit",
     "blocks_per_sm", "matrix_instructions", "async_copies",
