@@ -25,5 +25,7 @@ def test_there_are_examples_and_both_commands():
 
 
 def test_paths_in_the_readme_exist():
-    for path in re.findall(r"configs/[\w.-]+\.yaml|(?:tests|benchmarks|bloomft|lorakernels)/[\w/]+\.py", README):
+    for path in re.findall(
+        r"configs/[\w.-]+\.yaml|(?:tests|benchmarks|bloomft|lorakernels)/[\w/]+\.py", README
+    ):
         assert (ROOT / path).is_file(), path
