@@ -62,9 +62,11 @@ ATEN = {
     "update of y": ("return _add_product(y, s, lora_b.T), s", "return y, s", {"y"}),
     "update of dx": ("_add_product(dx, ds, lora_a)", "pass", {"dx"}),
     "bias": ("torch.addmm(bias, x, weight.T)", "torch.mm(x, weight.T)", {"y"}),
-    "scale of S": ("* (problem.scale / (1 - dropout_p))\n\n\ndef thin", "\n\n\ndef thin", {"y", "dB"}),
+    "scale of S": (
+        "* (problem.scale / (1 - problem.dropout_p))\n\n\ndef thin", "\n\n\ndef thin", {"y", "dB"},
+    ),
     "scale of dS": (
-        "product(dy, problem.lora_b) * (problem.scale / (1 - dropout_p))", "product(dy, problem.lora_b)",
+        "product(dy, lora_b) * (problem.scale / (1 - problem.dropout_p))", "product(dy, lora_b)",
         {"dx", "dA"},
     ),
     "low part of S and dS": ("(a - a_high).to(out.dtype)", "torch.zeros_like(a_high)", {"y", "dx"}),
