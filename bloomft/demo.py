@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     setup_process()
     quiet_transformers()
     console = Console(highlight=False)
-    run_dir = Path(load_config(CONFIG, arguments).train.output_dir)
+    run_dir = load_config(CONFIG, arguments).train.run_dir
     call_command("train", [CONFIG, *arguments])
     base_loss, loss = _held_out_losses(run_dir)
 

@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
     share_cores()  # before torch is imported
 
-import argparse
 import dataclasses
 import json
 import math
@@ -18,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import BloomForCausalLM
 
-from bloomft.batch import IGNORE_INDEX
-from bloomft.command_line import parse_command, run_command
+from bloomft.batch import IGNORE_INDEX, Batch
+from bloomft.command_line import CommandParser, parse_command, run_command
 from bloomft.config.keys import Config
 from bloomft.data.loading import load_data
 from bloomft.errors import UserError
@@ -165,7 +163,7 @@ def _merge(
 
 
 @torch.no_grad()
-def _loss_by_document(model: BloomForCausalLM, batches: Iterable[dict[str, Tensor]]) -> float:
+def _loss_by_document(model: BloomForCausalLM, batches: Iterable[Batch]) -> float:
     """Mean loss over the labels, in nats a token, of a plain model, which knows no packed documents."""
     total, count = 0.0, 0
     for batch in batches:
@@ -182,7 +180,7 @@ def _loss_by_document(model: BloomForCausalLM, batches: Iterable[dict[str, Tenso
 
 def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG CHECKPOINT [--output DIR] [--format merged|adapter] [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="python -m bloomft.export", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m bloomft.export", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the YAML file of the run")
     parser.add_argument("checkpoint", help="a checkpoint, or its name inside the run's folder")
     parser.add_argument("--output", help="folder to write; default <run folder>/<format>")
@@ -190,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
     options, config = parse_command(parser, arguments)
     setup_process()
     quiet_transformers()
-    run_dir = Path(config.train.output_dir)
+    run_dir = config.train.run_dir
     checkpoint = find_checkpoint(options.checkpoint, run_dir)
     output = Path(options.output) if options.output else run_dir / options.format
     shift = export(config, checkpoint, output, options.format)
@@ -199,7 +197,7 @@ def main(arguments: Sequence[str]) -> None:
             f"merged in float32: logits moved by at most {shift.logits:.2e} "
             f"(largest logit {shift.logits_scale:.2f})"
         )
-        if shift.merged_loss is not None:
+        if shift.merged_loss is not None and shift.unmerged_loss is not None:
             moved = shift.merged_loss - shift.unmerged_loss
             print(
                 f"held-out loss {shift.unmerged_loss:.6f} unmerged, "

@@ -8,13 +8,12 @@ if __name__ == "__main__":
 
     share_cores()  # before torch is imported
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from transformers import TextStreamer
 
-from bloomft.command_line import run_command, split_overrides
+from bloomft.command_line import CommandParser, run_command, split_overrides
 from bloomft.errors import UserError
 from bloomft.model.base import quiet_transformers
 from bloomft.process import setup_process
@@ -23,7 +22,7 @@ from bloomft.run.generation import Sampling, generate, load_for_generation
 
 def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG [CHECKPOINT] --prompt TEXT [options] [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="python -m bloomft.generate", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m bloomft.generate", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the YAML file of the run, or an exported folder")
     parser.add_argument("checkpoint", nargs="?", help="a checkpoint or an exported folder; none: the base")
     parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")

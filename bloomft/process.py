@@ -58,9 +58,10 @@ def setup_process() -> None:
 
 def release_freed_memory() -> None:
     """Give the pages of freed blocks back to the system, which `setup_process` lets glibc keep."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def pick_device(name: str) -> "torch.device":

@@ -58,6 +58,11 @@ class DataConfig:
     )
     cache_dir: str | None = _key(None, "folder of token caches; default `$XDG_CACHE_HOME/bloomft`")
 
+    @property
+    def token_cache_dir(self) -> Path:
+        """``cache_dir`` of a loaded configuration."""
+        return _filled_in(self.cache_dir)
+
 
 @dataclass
 class TransformerConfig:
@@ -164,6 +169,11 @@ class TrainConfig:
     output_dir: str | None = _key(None, "folder of this run; default `runs/<stem of the config file>`")
     logger: str = _key("none", "beside metrics.jsonl", choices=("none", "wandb", "tensorboard"))
 
+    @property
+    def run_dir(self) -> Path:
+        """``output_dir`` of a loaded configuration."""
+        return _filled_in(self.output_dir)
+
 
 @dataclass
 class Config:
@@ -173,6 +183,12 @@ class Config:
     model: ModelConfig
     optim: OptimConfig
     train: TrainConfig
+
+
+def _filled_in(folder: str | None) -> Path:
+    if folder is None:
+        raise ValueError("this folder has no value before load_config has filled it in")
+    return Path(folder)
 
 
 def filename_patterns(config: DataConfig) -> list[str]:

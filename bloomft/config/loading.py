@@ -19,6 +19,7 @@ from bloomft.config.schema import (
     is_allowed,
     known_keys,
     leaves,
+    node_type,
     not_allowed,
     type_of_key,
 )
@@ -37,7 +38,7 @@ from bloomft.errors import UserError
 LARGEST_FILE = 2**18  # bytes; YAML of this size takes about two seconds to read
 
 
-def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``overrides`` (``a.b.c=value``), check everything.
 
     ``train.output_dir`` and ``data.cache_dir`` come back filled in. The hub's access token is taken out of
@@ -111,16 +112,16 @@ def _typed(written: dict[str, Any], node: type, prefix: str, origin: Origin) -> 
             guess = f"{prefix}{close[0]}" if close else (elsewhere[0] if elsewhere else "")
             hint = f"; did you mean {guess}?" if guess else ""
             raise UserError(f"{origin(key)}: unknown key{hint} (allowed here: {', '.join(names)})")
-        kind = names[name].type
-        if not dataclasses.is_dataclass(kind):
+        below = node_type(names[name])
+        if below is None:
             try:
-                values[name] = to_type(value, kind, key)
+                values[name] = to_type(value, names[name].type, key)
             except WrongTypeError as error:
                 raise UserError(f"{origin(error.key)}: {not_allowed(error.key, error.value)}") from error
         elif isinstance(value, dict):
-            values[name] = _typed(value, kind, f"{key}.", origin)
+            values[name] = _typed(value, below, f"{key}.", origin)
         else:
-            raise UserError(f"{origin(key)}: expected the keys {', '.join(fields_of(kind))} below it")
+            raise UserError(f"{origin(key)}: expected the keys {', '.join(fields_of(below))} below it")
     return values
 
 
@@ -140,14 +141,14 @@ def _update(values: dict[str, Any], later: dict[str, Any]) -> None:
 
 def _missing(values: dict[str, Any], node: type, prefix: str = "") -> Iterator[str]:
     for name, spec in fields_of(node).items():
-        if dataclasses.is_dataclass(spec.type):
-            yield from _missing(values.get(name, {}), spec.type, f"{prefix}{name}.")
+        if below := node_type(spec):
+            yield from _missing(values.get(name, {}), below, f"{prefix}{name}.")
         elif name not in values and spec.default is spec.default_factory is dataclasses.MISSING:
             yield f"{prefix}{name}"
 
 
 def _made(values: dict[str, Any], node: type) -> Any:
-    nodes = {name: spec.type for name, spec in fields_of(node).items() if dataclasses.is_dataclass(spec.type)}
+    nodes = {name: below for name, spec in fields_of(node).items() if (below := node_type(spec))}
     return node(**values | {name: _made(values.get(name, {}), kind) for name, kind in nodes.items()})
 
 

@@ -48,7 +48,7 @@ class Origin:
         self._places[key] = "command line"
 
     def __call__(self, key: str) -> str:
-        place = self._places.get(key) or self._places.get(re.sub(r"\[\d+\]$", "", key), self.path)
+        place = self._places.get(key) or self._places.get(re.sub(r"\[\d+\]$", "", key)) or self.path
         return f"{place}: {key}"
 
 
@@ -81,7 +81,7 @@ def read_yaml(text: str, note_line: Callable[[str, int], None] = lambda key, lin
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise InvalidYAMLError(error.problem, mark and mark.line + 1) from error
+        raise InvalidYAMLError(error.problem or str(error), mark.line + 1 if mark else None) from error
     except yaml.YAMLError as error:
         raise InvalidYAMLError(" ".join(str(error).split())) from error
     return _tree(node, "", note_line)
@@ -148,7 +148,7 @@ def shown(value: Any) -> str:
 class _Loader(yaml.BaseLoader):
     """Composes nodes without guessing types; every use of a name inside the document is refused."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor or event.tag:
             problem = "no anchors, aliases or tags here: text that begins with &, * or ! needs quotes"
@@ -191,8 +191,7 @@ def _tree(node: yaml.Node | None, key: str, note_line: Callable[[str, int], None
 
 def _items(text: str) -> list[Scalar]:
     items, at = [], 0
-    while at < len(text):
-        found = _ITEM.match(text, at)
+    while at < len(text) and (found := _ITEM.match(text, at)):
         quoted = next((part for part in found.groups()[:2] if part is not None), None)
         items.append(Scalar(found[3], plain=True) if quoted is None else Scalar(quoted, plain=False))
         at = found.end()
@@ -230,7 +229,7 @@ def _scalar(value: Scalar, options: tuple[Any, ...], key: str) -> Any:
         raise WrongTypeError(key, value) from error
 
 
-_CONVERSIONS = {
+_CONVERSIONS: dict[type, Callable[[str], Any]] = {
     types.NoneType: lambda text: None,
     bool: _BOOLEANS.__getitem__,
     int: lambda text: int(text, 0 if text[:2] in ("0o", "0x") else 10),

@@ -129,7 +129,7 @@ def installed_readmes() -> list[str]:
             continue
         message = HeaderParser().parsestr(metadata or "")
         name = re.sub(r"[-_.]+", "-", message.get("Name", "")).lower()
-        text = message.get_payload()
+        text = str(message.get_payload())  # text already, since only the headers are parsed
         if not text.strip():
             # Older metadata folds the text into a header: further lines start with 8 blanks, or 7 and a bar.
             text = re.sub(r"^(?: {7}\|| {8})", "", message.get("Description", ""), flags=re.MULTILINE)

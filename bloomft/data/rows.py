@@ -5,11 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from bloomft.batch import IGNORE_INDEX, PADDING_ID, Batch
 from bloomft.data.token_cache import TokenCache
 from bloomft.errors import UserError
-
-IGNORE_INDEX = -100
-PADDING_ID = -1  # document id of padding: a run of its own, which attends to nothing real
 
 # Of an evaluation's batches, as its bound counts them; its real batches may have any size.
 EVAL_BATCH_TOKENS = 8192
@@ -115,7 +113,7 @@ class PackedDataset:
             return 1 - self.num_tokens / (len(self) * self.max_length)
         return 1 - self.num_tokens / int(self._padded(self._lengths).sum())
 
-    def batch(self, position: int, batch_size: int) -> dict[str, torch.Tensor]:
+    def batch(self, position: int, batch_size: int) -> Batch:
         """Rows ``position`` >= 0 and on of an endless run of epochs: to resume, this one number is enough.
 
         Each epoch visits every row once, in an order drawn from ``random_state`` and the epoch alone; a batch
@@ -125,7 +123,7 @@ class PackedDataset:
         """
         if position < 0:
             raise ValueError(f"position must be at least 0, got {position}")
-        rows = []
+        rows: list[int] = []
         while len(rows) < batch_size:
             epoch, at = divmod(position + len(rows), len(self))
             rows.extend(self._order(epoch)[at : at + batch_size - len(rows)].tolist())
@@ -143,9 +141,7 @@ class PackedDataset:
         fitting = int(np.searchsorted(np.cumsum(tokens), max_batches * EVAL_BATCH_TOKENS, side="right"))
         return np.sort(order[: max(fitting, 1)])
 
-    def eval_batches(
-        self, batch_size: int, max_batches: int | None = None
-    ) -> Iterator[dict[str, torch.Tensor]]:
+    def eval_batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
         """Each of `eval_rows` once, in a fixed order, in batches as `batch` returns them; the last may be
         smaller. Which rows they are does not depend on ``batch_size``."""
         rows = self.eval_rows(max_batches)
@@ -162,7 +158,7 @@ class PackedDataset:
     def _padded(self, lengths: np.ndarray) -> np.ndarray:
         return np.minimum((lengths + 7) // 8 * 8, self.max_length)
 
-    def _collate(self, rows: list[int]) -> dict[str, torch.Tensor]:
+    def _collate(self, rows: list[int]) -> Batch:
         pieces = [range(self._row_offsets[row], self._row_offsets[row + 1]) for row in rows]
         width = self.max_length
         if not self.packing:

@@ -94,7 +94,7 @@ class TokenCache:
         numbers: dict[bytes, int] = {}
         result = np.empty(self.num_documents, np.int64)
         for index in range(self.num_documents):
-            digest = hashlib.blake2b(self.document(index)[0], digest_size=16).digest()
+            digest = hashlib.blake2b(self.document(index)[0].data, digest_size=16).digest()
             result[index] = numbers.setdefault(digest, len(numbers))
         return result
 

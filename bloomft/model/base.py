@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -18,11 +19,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import cached_file
 
 from bloomft.config.keys import LoraConfig, TransformerConfig, default_cache_dir
 from bloomft.errors import UserError
-from bloomft.model.base_files import INDEX, check_tensors, damaged_file, remembered_fingerprint, weight_files
+from bloomft.model.base_files import (
+    INDEX,
+    base_file,
+    check_tensors,
+    damaged_file,
+    remembered_fingerprint,
+    weight_files,
+)
 from bloomft.model.base_identity import base_identity
 from bloomft.model.patch import patch_bloom
 from bloomft.process import check_memory
@@ -60,26 +67,28 @@ def load_base(config: TransformerConfig) -> Base:
     folder, reading = None, "config.json"
     try:
         with Console(stderr=True).status(f"loading {name}"):
-            folder = Path(cached_file(location, "config.json", **options)).parent
+            folder = base_file(location, "config.json", options).parent
             settings = AutoConfig.from_pretrained(location, **options)
             _check_settings(name, settings, folder)
             reading = "tokenizer.json"
-            tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            _check_tokenizer(name, tokenizer, settings.vocab_size)
+            loaded = AutoTokenizer.from_pretrained(location, **options)
+            tokenizer = _checked_tokenizer(name, loaded, settings.vocab_size)
             reading = INDEX
             files = weight_files(location, options)
             stored = check_tensors(files, settings)
             dtype = functools.reduce(torch.promote_types, stored) if stored else torch.get_default_dtype()
-            model, found = BloomForCausalLM.from_pretrained(
+            pair: tuple[BloomForCausalLM, dict[str, set[str]]]
+            pair = BloomForCausalLM.from_pretrained(  # type: ignore[assignment]  # two with output_loading_info
                 location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
+            model, found = pair
         for verb, keys in (("lacks", found["missing_keys"]), ("has a foreign", found["unexpected_keys"])):
             if keys:
                 where = files[0] if len(files) == 1 else folder / INDEX
                 raise UserError(f"{where}: {verb} {min(keys)} ({len(keys)} such tensors)")
         if len(stored) > 1:
-            *stored, dtype = (str(each).removeprefix("torch.") for each in (*sorted(stored, key=str), dtype))
-            print(f"{name}: stored in {' and '.join(stored)}, loaded in {dtype}", file=sys.stderr)
+            *narrow, wide = (str(each).removeprefix("torch.") for each in (*sorted(stored, key=str), dtype))
+            print(f"{name}: stored in {' and '.join(narrow)}, loaded in {wide}", file=sys.stderr)
         fingerprint = remembered_fingerprint(model, files, default_cache_dir())
     except UserError:
         raise
@@ -88,7 +97,7 @@ def load_base(config: TransformerConfig) -> Base:
     return Base(model, tokenizer, name, location, model.dtype, base_identity(config, fingerprint))
 
 
-def _location(config: TransformerConfig) -> tuple[str, dict]:
+def _location(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` is given: a folder or a name on the hub, and the options beside it."""
     name = config.pretrained_model_name_or_path
     if name == TINY_BASE:
@@ -127,8 +136,10 @@ def _check_settings(name: str, settings: PreTrainedConfig, folder: Path) -> None
         raise UserError(f"{path}: dtype is {settings.dtype}; expected float16, bfloat16, float32 or float64")
 
 
-def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    if not tokenizer.is_fast:
+def _checked_tokenizer(
+    name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> PreTrainedTokenizerFast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name}: no fast tokenizer (tokenizer.json) among its files")
     highest = max([*tokenizer.get_vocab().values(), *tokenizer.all_special_ids], default=-1)
     if highest < 0:
@@ -138,6 +149,7 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             f"{name}: the tokenizer has token {highest}, the model tokens below {vocab_size}: "
             "they do not belong together"
         )
+    return tokenizer
 
 
 def patch_base(
@@ -157,7 +169,7 @@ def patch_base(
     check_memory(f"model.lora.lora_dim {lora.lora_dim}", 4 * 4 * lora.lora_dim * sum(adapted), device)
     width = 4 * base.model.config.hidden_size
     check_memory(f"train.batch_size x data.max_length ({tokens} tokens)", 2 * width * tokens, device)
-    model = base.model.to(device=device, dtype=dtype)
+    model = base.model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # @wraps(Module.to) adds self
     try:
         return patch_bloom(
             model,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,7 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 _ARCHITECTURE = ("n_head", "layer_norm_epsilon", "apply_residual_connection_post_layernorm")
 
 
-def weight_files(location: str, options: dict) -> list[Path]:
+def weight_files(location: str, options: dict[str, Any]) -> list[Path]:
     """The ``*.safetensors`` files of a folder or hub model, downloaded if need be.
 
     ``options`` go to the hub. Raises `UserError` for a model that has no such files.
@@ -43,7 +44,17 @@ def weight_files(location: str, options: dict) -> list[Path]:
             "convert them with BloomForCausalLM.from_pretrained(...).save_pretrained(folder)"
         )
     names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [Path(cached_file(location, name, **options)) for name in names]
+    return [base_file(location, name, options) for name in names]
+
+
+def base_file(location: str, name: str, options: dict[str, Any]) -> Path:
+    """One file of a folder or hub model, downloaded if need be; ``options`` go to the hub.
+
+    Raises OSError where it is missing.
+    """
+    if (found := cached_file(location, name, **options)) is None:
+        raise FileNotFoundError(f"{location}: has no {name}")
+    return Path(found)
 
 
 def check_tensors(files: Sequence[Path], config: BloomConfig) -> set[torch.dtype]:
@@ -135,4 +146,4 @@ def remembered_fingerprint(model: BloomForCausalLM, files: Sequence[Path], cache
 
 def _hash(parameter: Tensor) -> bytes:
     content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(content, digest_size=20).digest()
+    return hashlib.blake2b(content.data, digest_size=20).digest()

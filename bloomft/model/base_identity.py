@@ -86,5 +86,6 @@ def _expanded(name: str | None) -> str | None:
 
 def _describe(identity: Mapping[str, str | None]) -> str:
     more = [f"{key} {identity[key]}" for key in ("revision", "subfolder") if identity.get(key)]
-    more += [identity["fingerprint"][:8]] if identity.get("fingerprint") else []
+    if fingerprint := identity.get("fingerprint"):
+        more.append(fingerprint[:8])
     return f"{identity['name']} ({', '.join(more)})" if more else f"{identity['name']}"

@@ -7,12 +7,16 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import (
@@ -61,11 +65,28 @@ class _FusedInputs(NamedTuple):
 class FusedBloomAttention(BloomAttention):
     """BLOOM's attention through `alibi_attention`; transformers' own path for everything that needs it."""
 
-    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        alibi: Tensor | _FusedInputs,
+        attention_mask: Tensor,
+        layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         """As `BloomAttention.forward`; fused when ``alibi`` is a `_FusedInputs`."""
         if not isinstance(alibi, _FusedInputs):
             return super().forward(
-                hidden_states, residual, alibi, attention_mask, layer_past=layer_past, **kwargs
+                hidden_states,
+                residual,
+                alibi,
+                attention_mask,
+                layer_past,
+                use_cache,
+                output_attentions,
+                **kwargs,
             )
         with _made_again(hidden_states, alibi.norm_again):
             fused = self.query_key_value(hidden_states)
@@ -73,7 +94,7 @@ class FusedBloomAttention(BloomAttention):
         # unbind, since its backward writes the three gradients into one tensor, in one pass
         query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
         if layer_past is not None:
-            key, value = layer_past.update(key, value, self.layer_idx)
+            key, value = layer_past.update(key, value, self.layer_idx)  # type: ignore[arg-type]  # never None in a model
         context = alibi_attention(query, key, value, alibi.slopes, mask=alibi.mask)
         context = context.transpose(1, 2).flatten(2)  # [B, T, H]
         output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
@@ -93,13 +114,25 @@ class FusedBloomAttention(BloomAttention):
 class FusedBloomBlock(BloomBlock):
     """BLOOM's block; what query_key_value saves of the layer norm before it is made again in backward."""
 
-    def forward(self, hidden_states, alibi, attention_mask, layer_past=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        alibi: Tensor | _FusedInputs,
+        attention_mask: Tensor,
+        layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         """As `BloomBlock.forward`; fused when ``alibi`` is a `_FusedInputs`."""
         norm = self.input_layernorm
         # A compiler weighs by itself what to keep.
         if isinstance(alibi, _FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
             alibi = alibi._replace(norm_again=functools.partial(norm.forward, hidden_states))
-        return super().forward(hidden_states, alibi, attention_mask, layer_past=layer_past, **kwargs)
+        unread = cast(Tensor, alibi)  # BloomBlock only passes it on to attention
+        return super().forward(
+            hidden_states, unread, attention_mask, layer_past, use_cache, output_attentions, **kwargs
+        )
 
 
 class FusedBloomMLP(BloomMLP):
@@ -138,17 +171,17 @@ class FusedBloomModel(BloomModel):
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
-        input_ids=None,
-        cache=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
+        input_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         document_ids: Tensor | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | BaseModelOutputWithPastAndCrossAttentions:
         """As `BloomModel.forward`, and ``document_ids`` [B, T]: no attention between different ids."""
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -179,7 +212,9 @@ class FusedBloomModel(BloomModel):
         slopes = alibi_slopes(self.num_heads, device=hidden.device)
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
-        if eager:
+        alibi: Tensor | _FusedInputs
+        mask: Tensor | None
+        if eager and document_ids is not None:  # without document_ids it has returned above
             alibi, mask = document_bias(slopes, document_ids, attention_mask, hidden.dtype)
         else:
             alibi, mask = _FusedInputs(slopes, self._mask(document_ids, hidden, cache)), None
@@ -213,13 +248,12 @@ class FusedBloomModel(BloomModel):
             last_hidden_state=hidden, cache=cache, hidden_states=hidden_states, attentions=attentions
         )
 
-    def _mask(
-        self, document_ids: Tensor | None, hidden: Tensor, cache: DynamicCache | None
-    ) -> AttentionMask | None:
+    def _mask(self, document_ids: Tensor | None, hidden: Tensor, cache: Cache | None) -> AttentionMask | None:
         """The mask for all blocks, None for tokens that follow cached ones and see them all."""
         if cache is not None and cache.get_seq_length() > 0:
             return None
-        mask = attention_mask(document_ids, *hidden.shape[:2], hidden.device)
+        batch, length, _ = hidden.shape
+        mask = attention_mask(document_ids, batch, length, hidden.device)
         if self.h[0]._compiled_call_impl is not None:
             for tensor in mask:
                 for dimension in range(1, tensor.ndim):
@@ -241,20 +275,20 @@ class FusedBloomForCausalLM(BloomForCausalLM):
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
-        input_ids=None,
-        cache=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        logits_to_keep=0,
+        input_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
         skip_logits: bool | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | CausalLMOutputWithCrossAttentions:
         """As `BloomForCausalLM.forward`, and ``document_ids`` [B, T]: packed documents.
 
         Documents do not attend to each other and a document's first label is ignored; ``shift_labels`` are
@@ -296,13 +330,13 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
         )
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the options of every version of transformers, by name
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         """Write the adapters of a patched model in PEFT's format; without adapters, what transformers writes.
 
@@ -312,13 +346,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         ``save_directory`` cannot be written.
         """
         if not adapted_layers(self):
-            super().save_pretrained(
-                save_directory,
-                is_main_process=is_main_process,
-                state_dict=state_dict,
-                push_to_hub=push_to_hub,
-                **options,
-            )
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **options)
             return
         if state_dict is not None and holds_adapters(self, state_dict):
             state_dict = None  # Trainer hands over the state of the model that it has compiled
@@ -333,7 +361,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             make_folder(Path(save_directory))
             save_peft_adapter(self, Path(save_directory), self.name_or_path)
 
-    def _fuses_loss(self, options: dict) -> bool:
+    def _fuses_loss(self, options: dict[str, Any]) -> bool:
         """Whether `_loss_from_hidden` is the loss that transformers would compute with ``options``."""
         head = self.lm_head
         return (
@@ -380,18 +408,20 @@ def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str) -> None:
     if not mode:
         model.activation_checkpointing_disable()
         return
-    options = {"use_reentrant": False}
+    options: dict[str, object] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
     model.activation_checkpointing_enable(options)
 
 
-def _keep_expensive(_context, operator, *_arguments, **_options) -> CheckpointPolicy:
+def _keep_expensive(
+    _context: SelectiveCheckpointContext, operator: Callable[..., Any], *_arguments: Any, **_options: Any
+) -> CheckpointPolicy:
     kept = (torch.ops.lorakernels.lora_linear_forward.default, torch.ops.lorakernels.alibi_attention.default)
     return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(model: BloomForCausalLM, **options) -> None:
+def compile_blocks(model: BloomForCausalLM, **options: Any) -> None:
     """Compile one block and use it for all layers and lengths; ``options`` are torch.compile's.
 
     The first block is a second compilation, since its input needs no gradient.
@@ -427,7 +457,9 @@ def _takes_fused_inputs(block: nn.Module) -> bool:
     return isinstance(attention, FusedBloomAttention) and attention.is_fusable()
 
 
-def _made_again(output: Tensor, again: Callable[[], Tensor] | None) -> contextlib.AbstractContextManager:
+def _made_again(
+    output: Tensor, again: Callable[[], Tensor] | None
+) -> contextlib.AbstractContextManager[object]:
     """Where output is saved for a backward pass inside, ``again`` is kept in its place and makes it anew.
 
     Not under autocast, which would not be there in backward.
@@ -472,7 +504,7 @@ def _only_grows(cache: Cache | None) -> bool:
     )
 
 
-def _has_holes(attention_mask) -> bool:
+def _has_holes(attention_mask: Tensor | None) -> bool:
     if attention_mask is None:
         return False
     return not (

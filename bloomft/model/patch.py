@@ -6,7 +6,6 @@ subclass, and so on down to the attention; the target layers become `LoRALinear`
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +72,8 @@ def patch_bloom(
         name: LoRALinear.from_linear(linears[name], r, scale, dropout_p=dropout_p, parts=rows)
         for name in chosen
     }
-    model._patch_record = PatchRecord(
-        tuple(chosen), tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    vars(model)[_TRAINED_BEFORE] = frozenset(
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
     )
     model.requires_grad_(False)
     for name, module in adapted.items():
@@ -92,24 +91,22 @@ def unpatch_bloom(model: BloomForCausalLM, merge: bool = False) -> BloomForCausa
     Without ``merge`` the weights are those of before, bit for bit, and the adapters are gone; with it B·A is
     added in float32, layer by layer, and cast to the weight's dtype. Raises ValueError if it is not patched.
     """
-    if not is_patched(model):
+    if (trained := _trained_before(model)) is None:
         raise ValueError("the model is not patched; call patch_bloom(model) first")
     _restore_classes(model)
-    for name in model._patch_record.layers:
-        layer = model.get_submodule(name)
+    for name, layer in adapted_layers(model).items():
         plain = layer.merged() if merge else _plain_linear(layer)
         plain.train(layer.training)
         model.set_submodule(name, plain)
-    trainable = set(model._patch_record.trainable)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    del model._patch_record
+        parameter.requires_grad_(name in trained)
+    del vars(model)[_TRAINED_BEFORE]
     return model
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch_bloom` was here."""
-    return isinstance(getattr(model, "_patch_record", None), PatchRecord)
+    return _trained_before(model) is not None
 
 
 def fuse_bloom(model: BloomForCausalLM) -> BloomForCausalLM:
@@ -151,15 +148,13 @@ def load_adapter_state(model: BloomForCausalLM, state: dict[str, Tensor]) -> Non
             value.copy_(state[name])
 
 
-@dataclass(frozen=True)
-class PatchRecord:
-    """What `unpatch_bloom` needs: the adapted layers and the parameters that required gradients before."""
-
-    layers: tuple[str, ...]
-    trainable: tuple[str, ...]
-
-
 _PLAIN_CLASSES = {fused: plain for plain, fused in FUSED_CLASSES.items()}
+_TRAINED_BEFORE = "_trained_before_patch"  # an attribute of patched models
+
+
+def _trained_before(model: nn.Module) -> frozenset[str] | None:
+    """Names of the parameters that required gradients before the patch; None for a model without it."""
+    return vars(model).get(_TRAINED_BEFORE)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -203,7 +198,8 @@ def _not_adaptable(model: BloomForCausalLM, linear: nn.Linear) -> str | None:
     if has_hooks(linear):
         return "it has hooks, which would be lost; remove them first"
     for leaf, tensor in linear.named_parameters():
-        if is_traceable_wrapper_subclass(tensor) or not tensor.is_floating_point():
+        is_wrapper = is_traceable_wrapper_subclass(tensor)
+        if is_wrapper or not tensor.is_floating_point():
             return (
                 f"its {leaf} is a {type(tensor).__name__} of {tensor.dtype}, no plain floating-point tensor"
             )
@@ -244,5 +240,7 @@ def _row_parts(model: BloomForCausalLM, target: str, parts: Sequence[str] | None
 
 def _plain_linear(layer: LoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
+    linear.weight = layer.weight
+    if layer.bias is not None:
+        linear.bias = layer.bias
     return linear

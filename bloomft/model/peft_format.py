@@ -23,7 +23,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX, _SUFFIX_A, _SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # The keys of a configuration that are understood, each with its values, or None where `_PeftConfig.read`
 # checks them or every value leaves the adapter's function alone. Any other key must be null or false.
-_UNDERSTOOD = {
+_UNDERSTOOD: dict[str, tuple[object, ...] | None] = {
     **dict.fromkeys(("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")),
     **dict.fromkeys(("exclude_modules", "layers_to_transform")),
     **dict.fromkeys(("lora_dropout", "inference_mode", "peft_version", "auto_mapping")),
@@ -135,7 +135,9 @@ def holds_adapters(model: nn.Module, state: dict[str, Tensor]) -> bool:
     )
 
 
-def save_peft_adapter(model: nn.Module, folder: Path, base_name: str, revision: str | None = None) -> None:
+def save_peft_adapter(
+    model: nn.Module, folder: Path, base_name: str | None, revision: str | None = None
+) -> None:
     """Write the adapters of a patched model so that ``PeftModel.from_pretrained`` loads them.
 
     ``base_name`` and ``revision`` are what ``from_pretrained`` was given for the base.

@@ -45,7 +45,7 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        import wandb
+        import wandb  # type: ignore[import-not-found, unused-ignore]  # an extra, not always installed
 
         try:
             self._run = wandb.init(

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import torch
 
@@ -34,6 +33,6 @@ def check_early(config: Config) -> None:
         3 * 8 * rows * (data.max_length if data.packing else 2),
         torch.device("cpu"),
     )
-    for folder in (config.train.output_dir, config.data.cache_dir):
-        check_folder(Path(folder))
+    check_folder(config.train.run_dir)
+    check_folder(config.data.token_cache_dir)
     list_files(filename_patterns(config.data))

@@ -59,14 +59,14 @@ def generate(
             attention_mask=torch.ones_like(input_ids),
             streamer=streamer,
         )
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)[0]
 
 
 def _generation_config(
     model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling
 ) -> GenerationConfig:
     """What ``sampling`` says, and of the model's own generation_config its ends of text."""
-    drawing = {"do_sample": False}
+    drawing: dict[str, bool | float] = {"do_sample": False}
     if sampling.temperature > 0:
         drawing = {
             "do_sample": True,
@@ -116,7 +116,7 @@ def load_for_generation(
     device = pick_device(config.train.device)  # it is there, before a base is loaded
     if checkpoint is None:
         return _fused(load_base(config.model.transformer), device)
-    path = find_checkpoint(checkpoint, Path(config.train.output_dir))
+    path = find_checkpoint(checkpoint, config.train.run_dir)
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         return _load_adapter_folder(config.model.transformer, path, device)
     if path.is_dir():
@@ -133,7 +133,7 @@ def _load_folder(folder: str, device: torch.device) -> tuple[BloomForCausalLM, P
 
 def _fused(base: Base, device: torch.device) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
     """A base without adapters in the fused parts that it is trained in, so that both write alike."""
-    model = base.model.to(device).requires_grad_(False)
+    model = base.model.to(device).requires_grad_(False)  # type: ignore[arg-type]  # as in patch_base
     return fuse_bloom(model).eval(), base.tokenizer
 
 

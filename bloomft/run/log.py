@@ -32,7 +32,7 @@ class RunLog:
     """
 
     def __init__(self, config: Config, step: int) -> None:
-        self.folder = Path(config.train.output_dir)
+        self.folder = config.train.run_dir
         write_atomically(self.folder / CONFIG, config_to_yaml(config).encode())
         unreadable = _truncate_metrics(self.folder / METRICS, step)
         self._metrics = AppendedFile(self.folder / METRICS)

@@ -4,12 +4,16 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import get_scheduler
+from transformers.optimization import GreedyLR
 
-from bloomft.config.keys import METRIC_SCHEDULES, OptimConfig, SchedulerConfig
+from bloomft.config.keys import OptimConfig, SchedulerConfig
 from bloomft.errors import UserError
+
+# The first moves with every step, the others with the held-out loss.
+Scheduler = LambdaLR | ReduceLROnPlateau | GreedyLR
 
 
 def make_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
@@ -26,7 +30,7 @@ def make_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW
     )
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, settings: SchedulerConfig) -> LRScheduler:
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: SchedulerConfig) -> Scheduler:
     """The schedule of ``optim.scheduler`` by transformers' `get_scheduler`; `UserError` where that fails."""
     try:
         return get_scheduler(
@@ -40,11 +44,6 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: SchedulerConfig) 
         raise _does_not_work(settings, error) from error
 
 
-def follows_metric(settings: SchedulerConfig) -> bool:
-    """Whether the schedule moves with the held-out loss and not with every step."""
-    return settings.name in METRIC_SCHEDULES
-
-
 def check_schedule(settings: OptimConfig) -> None:
     """Raise `UserError` where the schedule or its extra arguments fail at the first, middle or last step."""
     schedule = settings.scheduler
@@ -54,13 +53,13 @@ def check_schedule(settings: OptimConfig) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.optimizer.lr)
     made = make_scheduler(optimizer, schedule)
     try:
-        if follows_metric(schedule):
+        if isinstance(made, LambdaLR):
+            steps = {0, schedule.num_warmup_steps, total // 2, total - 1, total}
+            factors = [made.lr_lambdas[0](step) for step in steps]
+        else:
             for loss in (2.0, 1.0, 3.0):
                 made.step(loss)
             factors = [optimizer.param_groups[0]["lr"]]
-        else:
-            steps = {0, schedule.num_warmup_steps, total // 2, total - 1, total}
-            factors = [made.lr_lambdas[0](step) for step in steps]
         if not all(math.isfinite(factor) for factor in factors):
             raise ValueError(f"it gives the factors {factors}")
     except Exception as error:
@@ -68,7 +67,7 @@ def check_schedule(settings: OptimConfig) -> None:
 
 
 def restore_scheduler(
-    scheduler: LRScheduler, now: OptimConfig, state: dict[str, Any], rates: list[float], then: OptimConfig
+    scheduler: Scheduler, now: OptimConfig, state: dict[str, Any], rates: list[float], then: OptimConfig
 ) -> None:
     """Take a scheduler's progress from ``state`` and its settings from ``now``; set the learning rates.
 
@@ -85,6 +84,7 @@ def restore_scheduler(
     fresh_then = make_scheduler(like_then, then.scheduler).state_dict()
     kept = {key for key in fresh if key in state and fresh_then.get(key) == fresh[key]}
     scheduler.load_state_dict(fresh | {key: state[key] for key in kept})
+    new_rates: list[float | Tensor]
     if isinstance(scheduler, LambdaLR):
         new_rates = [base * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     else:

@@ -52,7 +52,7 @@ def find_resumption(config: Config) -> Resumption:
     "auto" is last.ckpt; if that is damaged or missing, the whole step-<n>.ckpt with the largest n. Raises
     `UserError` if there are checkpoints but none that can be used, or if it holds more steps than configured.
     """
-    folder, resume = Path(config.train.output_dir), config.train.resume
+    folder, resume = config.train.run_dir, config.train.resume
     if resume == "never":
         return Resumption(None, None, [])
     candidates = list_checkpoints(folder) if resume == "auto" else [find_checkpoint(resume, folder)]

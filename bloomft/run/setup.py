@@ -60,7 +60,7 @@ def set_up(config: Config, device: torch.device) -> Job:
     identity = RunIdentity.of(config, base.identity, data.identity)
     if resumption.state is not None and resumption.path is not None:
         resume(run, resumption.state, identity, resumption.path)
-    last = Path(config.train.output_dir) / LAST
+    last = config.train.run_dir / LAST
     saved = run.step if resumption.path == last else None
     notes = [*_describe(base, model, data), *resumption.notes]
     return Job(run, identity, data, last, saved, notes)

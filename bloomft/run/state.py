@@ -2,16 +2,19 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM
 
 from bloomft.accounting import BatchCounts, StepCost
 from bloomft.batch import Batch
 from bloomft.config.keys import OptimConfig
 from bloomft.model.patch import adapted_layers, adapter_state, load_adapter_state
-from bloomft.run.optimization import follows_metric, make_optimizer, make_scheduler, restore_scheduler
+from bloomft.run.optimization import make_optimizer, make_scheduler, restore_scheduler
 from bloomft.run.random_states import restore_rng_states, rng_states
 from bloomft.run.state_dicts import check_like, public
 from lorakernels import kernel_choices, use_kernel_choices
@@ -134,13 +137,13 @@ class RunState:
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.position = self.step + 1, self.position + rows
         skipped = self.step - self._steps_done() if self.scaler.is_enabled() else self.skipped
-        if skipped == self.skipped and not follows_metric(self.settings.scheduler):
+        if skipped == self.skipped and isinstance(self.scheduler, LambdaLR):
             self.scheduler.step()
         self.skipped = skipped
 
     def evaluated(self, loss: float) -> None:
         """Move a schedule that follows the held-out loss on."""
-        if follows_metric(self.settings.scheduler):
+        if not isinstance(self.scheduler, LambdaLR):
             self.scheduler.step(loss)
 
     def non_finite(self) -> list[str]:
@@ -148,7 +151,7 @@ class RunState:
 
         With fp16 a gradient norm may be: the scaler leaves that step out.
         """
-        checked = {
+        checked: dict[str, Sequence[Tensor]] = {
             "the loss": [self.window.loss],
             "the gradient norm": [] if self.scaler.is_enabled() else [self.grad_norm],
             "an adapter": self.parameters,
