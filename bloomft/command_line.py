@@ -1,4 +1,4 @@
-"""What the commands share: their names, options and overrides, and one way to end."""
+"""What the commands share: their names, options, overrides and exit statuses."""
 
 import argparse
 import importlib
@@ -13,10 +13,10 @@ from bloomft.errors import EXIT_MISTAKE, EXIT_STOPPED, Stopped, UserError
 
 # Each is a module of this package with a function main(arguments).
 COMMANDS = {
-    "train": "fine-tune BLOOM with LoRA, or go on where a run was stopped",
+    "train": "fine-tune BLOOM with LoRA, or resume a stopped run",
     "export": "turn a checkpoint into a merged model or a PEFT adapter",
-    "generate": "write text with the base, a checkpoint or an exported model",
-    "demo": "all of it on a small embedded model, in a minute or two",
+    "generate": "generate text with the base, a checkpoint or an exported model",
+    "demo": "the whole workflow on a small embedded model, in a minute or two",
 }
 
 
@@ -62,7 +62,7 @@ def parse_command(parser: CommandParser, arguments: Sequence[str]) -> tuple[argp
 
 
 def split_overrides(parser: CommandParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """As `parse_command`, but the configuration is the caller's to load."""
+    """As `parse_command`, but loading the configuration is left to the caller."""
     words: list[str] = []
     overrides: list[str] = []
     expects_value = False

@@ -1,7 +1,7 @@
 """Fine-tune BLOOM with LoRA: ``python -m bloomft.train CONFIG [key=value ...]``.
 
-The same command run again goes on from ``last.ckpt``; on the same machine the result is bitwise that of a run
-that was never interrupted.
+The same command, run again, resumes from ``last.ckpt``; on the same machine the result is bitwise
+identical to that of an uninterrupted run.
 """
 
 if __name__ == "__main__":
@@ -54,7 +54,7 @@ class TrainResult:
 def train(config: Config) -> TrainResult:
     """Run the training that ``config`` describes, from the start or from its checkpoint.
 
-    After Ctrl-C or SIGTERM the step or evaluation under way ends, its state is saved and the function
+    After Ctrl-C or SIGTERM the current step or evaluation is finished, the state saved, and the function
     returns; before there is anything to save, `Stopped` is raised at once. Raises `UserError` for whatever
     the user can correct.
     """
@@ -79,7 +79,7 @@ def train(config: Config) -> TrainResult:
 
 
 def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | None:
-    """The steps that are left. Returns the held-out loss after the last one, None where there is none."""
+    """The remaining steps. Returns the held-out loss after the last one, None where there is none."""
     run, rows, heldout, settings = job.run, job.data.train, job.data.heldout, config.train
     total = config.optim.scheduler.num_training_steps
     batch_size, accumulate = settings.batch_size, settings.accumulate_grad_batches
@@ -156,12 +156,12 @@ def _check_finite(job: Job) -> None:
 
 
 def _is_due(every: int, step: int) -> bool:
-    """Whether something done every so many steps (0: never) is done after this step."""
+    """Whether something that is done every so many steps (0: never) is due after this one."""
     return every > 0 and step % every == 0
 
 
 def _kept(last: Path) -> str:
-    """What a run that has not saved anything itself says of its folder."""
+    """The state of the folder of a run that has not saved anything yet itself."""
     return f"{last} is as it was" if last.exists() else "nothing is saved yet"
 
 

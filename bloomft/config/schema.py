@@ -1,4 +1,4 @@
-"""What the declarations of the keys say: types, bounds, and both in words.
+"""Types and bounds of the keys, from their declarations, and both in words.
 
 ``python -m bloomft.config`` prints the reference table of the README.
 """
@@ -66,13 +66,13 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
 
 
 def is_allowed(spec: dataclasses.Field[Any], value: Any) -> bool:
-    """Whether ``value`` is within the bounds of its field; its type was settled before."""
+    """Whether ``value`` is within the bounds of its field; its type has been checked before."""
     rules = spec.metadata
     items = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
     if not all(_is_plain(item) for item in items) or value == []:
         return False
     if value is None:
-        return True  # what a key without a default may not be, its type has refused before
+        return True  # a key that cannot be null has been refused before, by its type
     if "choices" in rules:
         known = [(type(choice), choice) for choice in rules["choices"]]
         return len(set(items)) == len(items) and all((type(item), item) in known for item in items)
@@ -93,7 +93,7 @@ def is_allowed(spec: dataclasses.Field[Any], value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether ``value`` is null, a boolean, a finite number of 64 bits, or text that a file can hold."""
+    """Whether ``value`` is null, a boolean, a finite 64-bit number, or non-empty UTF-8 text without NUL."""
     if isinstance(value, str):
         try:
             return value.encode() != b"" and "\0" not in value
@@ -130,13 +130,13 @@ def _power(bound: float) -> str:
 
 
 def describe_key(key: str) -> str:
-    """What a key means and what it may be, for a message."""
+    """What a key means and which values it takes, for a message."""
     spec = field_of(key)
     return f"{spec.metadata['doc']} ({_bounds_text(spec)})"
 
 
 def not_allowed(key: str, value: Any) -> str:
-    """Why ``value`` cannot be the key's, and what can."""
+    """Why ``value`` is not allowed for the key, and what is."""
     spec = field_of(key)
     names = [choice for choice in spec.metadata.get("choices", ()) if isinstance(choice, str)]
     match = difflib.get_close_matches(shown(value), names, n=1)

@@ -59,7 +59,7 @@ def load_data(settings: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Train
         settings.heldout_fraction,
         settings.random_state,
     )
-    # Only where they move a document, so that checkpoints from before they existed keep their rows.
+    # Only where they change the rows, so that checkpoints from before they existed still match.
     if split_state != settings.random_state:
         settled += (split_state,)
     if len(np.unique(contents)) < len(contents):

@@ -54,7 +54,7 @@ class Base:
 
 
 def load_base(config: TransformerConfig) -> Base:
-    """Load model and tokenizer from the hub, a folder, or the embedded ``builtin:tiny`` (made on first use).
+    """Load model and tokenizer from the hub, a folder, or the embedded ``builtin:tiny`` (built on first use).
 
     The weights keep the dtype they are stored in, whatever config.json says of it, on the CPU; where they are
     stored in several, all get the narrowest that holds each of them exactly, and a line on stderr says so.
@@ -98,7 +98,7 @@ def load_base(config: TransformerConfig) -> Base:
 
 
 def _location(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` is given: a folder or a name on the hub, and the options beside it."""
+    """The arguments of ``from_pretrained``: a folder or a name on the hub, and options."""
     name = config.pretrained_model_name_or_path
     if name == TINY_BASE:
         from bloomft.model.tiny_base import tiny_base_folder
@@ -107,7 +107,7 @@ def _location(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     location = os.path.expanduser(name)
     keys = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
     options = {key: value for key in keys if (value := getattr(config, key)) is not None}
-    # A path that is not there must not be taken for a hub name.
+    # A missing path must not be taken for a hub name.
     if not os.path.isdir(location) and (location.startswith((".", "/")) or location.count("/") > 1):
         key = "model.transformer.pretrained_model_name_or_path"
         raise UserError(f"{location}: no such folder; {key} names a hub model or a local folder")
@@ -120,17 +120,17 @@ def _check_settings(name: str, settings: PreTrainedConfig, folder: Path) -> None
     path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{folder}: has an adapter beside the base; merge it or move adapter_config.json away"
+            f"{folder}: has an adapter next to the base; merge it or move adapter_config.json away"
         )
     if getattr(settings, "quantization_config", None) is not None:
-        raise UserError(f"{path}: quantization_config: a quantised base cannot be fine-tuned here")
+        raise UserError(f"{path}: quantization_config: a quantized base cannot be fine-tuned here")
     sizes = {key: getattr(settings, key) for key in ("vocab_size", "hidden_size", "n_layer", "n_head")}
     for key, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{path}: {key} is {value!r}; expected an integer ≥ 1")
     if settings.hidden_size % settings.n_head:
         raise UserError(
-            f"{path}: hidden_size {settings.hidden_size} is no multiple of n_head {settings.n_head}"
+            f"{path}: hidden_size {settings.hidden_size} is not a multiple of n_head {settings.n_head}"
         )
     if settings.dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise UserError(f"{path}: dtype is {settings.dtype}; expected float16, bfloat16, float32 or float64")
@@ -155,7 +155,7 @@ def _checked_tokenizer(
 def patch_base(
     base: Base, lora: LoraConfig, device: torch.device, dtype: torch.dtype, tokens: int = 1
 ) -> BloomForCausalLM:
-    """Move the base to ``device`` and ``dtype`` and put fresh adapters in: the model that trains.
+    """Move the base to ``device`` and ``dtype`` and add new adapters: the model to train.
 
     Raises `UserError` where adapters do not fit the model, or where the device has less memory than they and
     the largest activation of ``tokens`` tokens take at the very least.

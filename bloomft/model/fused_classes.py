@@ -49,17 +49,17 @@ from lorakernels import (
     linear_cross_entropy,
 )
 
-# Freed memory goes back once in so many blocks: what a block frees lies between what it saves, in holes that
-# glibc cannot give to aligned tensors of the same size. After every block, fresh pages would cost more.
+# Freed memory is returned after every so many blocks: what a block frees lies between what it saves, in holes
+# that glibc cannot give to aligned tensors of the same size. After every block, fresh pages would cost more.
 RELEASE_EVERY = 8
 
 
 class _FusedInputs(NamedTuple):
-    """Travels in place of transformers' alibi tensor when attention takes the fused path."""
+    """Passed in place of transformers' alibi tensor when attention takes the fused path."""
 
     slopes: Tensor  # [heads] float32
     mask: AttentionMask | None  # of the rows' documents; None for queries that follow cached keys
-    norm_again: Callable[[], Tensor] | None = None  # makes attention's input again; None: it has to be kept
+    recompute_input: Callable[[], Tensor] | None = None  # of attention, in backward; None: saved instead
 
 
 class FusedBloomAttention(BloomAttention):
@@ -88,7 +88,7 @@ class FusedBloomAttention(BloomAttention):
                 output_attentions,
                 **kwargs,
             )
-        with _made_again(hidden_states, alibi.norm_again):
+        with _recomputed(hidden_states, alibi.recompute_input):
             fused = self.query_key_value(hidden_states)
         fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
         # unbind, since its backward writes the three gradients into one tensor, in one pass
@@ -112,7 +112,7 @@ class FusedBloomAttention(BloomAttention):
 
 
 class FusedBloomBlock(BloomBlock):
-    """BLOOM's block; what query_key_value saves of the layer norm before it is made again in backward."""
+    """BLOOM's block; the layer norm before query_key_value is recomputed in backward, not saved."""
 
     def forward(
         self,
@@ -126,9 +126,9 @@ class FusedBloomBlock(BloomBlock):
     ) -> tuple[Tensor, Tensor | None]:
         """As `BloomBlock.forward`; fused when ``alibi`` is a `_FusedInputs`."""
         norm = self.input_layernorm
-        # A compiler weighs by itself what to keep.
+        # A compiler decides for itself what to save.
         if isinstance(alibi, _FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
-            alibi = alibi._replace(norm_again=functools.partial(norm.forward, hidden_states))
+            alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
         unread = cast(Tensor, alibi)  # BloomBlock only passes it on to attention
         return super().forward(
             hidden_states, unread, attention_mask, layer_past, use_cache, output_attentions, **kwargs
@@ -160,13 +160,13 @@ class FusedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
-        weight, bias = self.weight, self.bias  # read once, since a parametrization makes it anew each time
+        weight, bias = self.weight, self.bias  # read once, since a parametrization recomputes it each time
         linear = frozen_linear if _is_frozen(weight, bias) else nn.functional.linear
         return linear(x, weight, bias)
 
 
 class FusedBloomModel(BloomModel):
-    """BLOOM's trunk, with documents packed in one row, and the fused attention where it is right."""
+    """BLOOM's trunk, with documents packed in one row, and the fused attention where it is equivalent."""
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
@@ -191,7 +191,7 @@ class FusedBloomModel(BloomModel):
         if cached and document_ids is not None:
             raise ValueError("document_ids: packed rows have no key-value cache; pass use_cache=False")
         eager = output_attentions or _has_holes(attention_mask) or not all(map(_takes_fused_inputs, self.h))
-        # in training mode transformers itself decides what becomes of a cache
+        # in training mode transformers itself decides what happens to a cache
         eager = eager or (cached and (self.training or not _only_grows(cache)))
         if eager and document_ids is None:
             return super().forward(
@@ -225,7 +225,7 @@ class FusedBloomModel(BloomModel):
             if index % RELEASE_EVERY == RELEASE_EVERY - 1 and _fragments(hidden):
                 release_freed_memory()
             if block._compiled_call_impl is not None:
-                # Lengths vary from the first call on: one compilation for all, not one for the first.
+                # Lengths are dynamic from the first call on: one compilation for all of them.
                 torch._dynamo.maybe_mark_dynamic(hidden, 1)
             hidden, attention = block(
                 hidden,
@@ -265,8 +265,9 @@ class FusedBloomForCausalLM(BloomForCausalLM):
     """BLOOM with the vocabulary loss computed from the hidden states, where that is the loss asked for.
 
     That is transformers' own causal loss, with ``shift_labels``, an integer ``ignore_index`` and
-    ``num_items_in_batch``. Any other keyword, a ``loss_function`` or ``config.loss_type`` of the user's and
-    an ``lm_head`` that is no plain projection take transformers' path: logits, then ``self.loss_function``.
+    ``num_items_in_batch``. Any other keyword, a user's own ``loss_function`` or ``config.loss_type``, and
+    an ``lm_head`` that is not a plain projection take the path of transformers: logits, then
+    ``self.loss_function``.
 
     In training mode with labels the logits of the fused loss are None and never exist; ``skip_logits=False``
     asks for them, ``skip_logits=True`` leaves them out in eval mode too.
@@ -292,7 +293,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         """As `BloomForCausalLM.forward`, and ``document_ids`` [B, T]: packed documents.
 
         Documents do not attend to each other and a document's first label is ignored; ``shift_labels`` are
-        the caller's own and taken as they are.
+        used as they are given.
         """
         outputs = self.transformer(
             input_ids,
@@ -342,7 +343,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
 
         ``PeftModel.from_pretrained(base, save_directory)`` loads them, and with peft installed
         ``from_pretrained(save_directory)`` too, on the base that the model was loaded from. Raises ValueError
-        for options of `PreTrainedModel.save_pretrained` that an adapter cannot follow, `UserError` where
+        for options of `PreTrainedModel.save_pretrained` that do not apply to adapters, `UserError` where
         ``save_directory`` cannot be written.
         """
         if not adapted_layers(self):
@@ -395,15 +396,15 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
-# transformers finds what it knows of a class, and names it in what it saves, by this name.
+# transformers looks the class up by this name, and writes it to the files that it saves.
 FusedBloomForCausalLM.__name__ = BloomForCausalLM.__name__
 
 
 def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str) -> None:
     """Recompute blocks in the backward pass, to save memory; for training with a patched model.
 
-    True keeps each block's input alone. "selective" also keeps what is expensive to make again, the results
-    of the adapted projections and of attention, and recomputes the rest. False keeps everything.
+    True saves each block's input alone. "selective" also saves what is expensive to recompute, the results
+    of the adapted projections and of attention. False saves everything.
     """
     if not mode:
         model.activation_checkpointing_disable()
@@ -431,7 +432,7 @@ def compile_blocks(model: BloomForCausalLM, **options: Any) -> None:
 
 
 def ignore_first_labels(labels: Tensor, document_ids: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """labels [B, T] with ``ignore_index`` where a document of document_ids [B, T] begins behind another."""
+    """labels [B, T] with ``ignore_index`` where a document of document_ids [B, T] begins after another."""
     begins = document_ids[..., 1:] != document_ids[..., :-1]
     begins = nn.functional.pad(begins, (1, 0), value=False).to(labels.device)
     return labels.masked_fill(begins, ignore_index)
@@ -457,14 +458,14 @@ def _takes_fused_inputs(block: nn.Module) -> bool:
     return isinstance(attention, FusedBloomAttention) and attention.is_fusable()
 
 
-def _made_again(
-    output: Tensor, again: Callable[[], Tensor] | None
+def _recomputed(
+    output: Tensor, recompute: Callable[[], Tensor] | None
 ) -> contextlib.AbstractContextManager[object]:
-    """Where output is saved for a backward pass inside, ``again`` is kept in its place and makes it anew.
+    """Inside, ``recompute`` is saved for the backward pass in place of ``output``, and computes it there.
 
-    Not under autocast, which would not be there in backward.
+    Not under autocast, which would not be active in backward.
     """
-    if again is None or torch.is_autocast_enabled(output.device.type):
+    if recompute is None or torch.is_autocast_enabled(output.device.type):
         return contextlib.nullcontext()
 
     # weak, since the hooks live as long as what they have packed
@@ -477,16 +478,16 @@ def _made_again(
         if packed is not None:
             return packed
         with torch.no_grad():
-            return again()
+            return recompute()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
-    """layer's output + residual, in output's memory where that may be.
+    """layer's output + residual, in place where that is safe.
 
-    Not where autocast has made their dtypes differ, and not what others may hold: selective checkpointing
-    keeps what an adapted layer returned, and hooks may keep theirs.
+    Not where autocast has made their dtypes differ, nor where others may hold the output: selective
+    checkpointing saves what an adapted layer returned, and hooks may keep theirs.
     """
     in_place = is_plain(layer, FusedLinear) and output.dtype == residual.dtype
     return output.add_(residual) if in_place else output + residual
@@ -498,7 +499,7 @@ def _fragments(hidden: Tensor) -> bool:
 
 
 def _only_grows(cache: Cache | None) -> bool:
-    """Whether cache is yet to be made, or holds the keys seen so far: not static, sliding or quantized."""
+    """Whether cache does not exist yet, or holds the keys seen so far: not static, sliding or quantized."""
     return cache is None or (
         type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
     )

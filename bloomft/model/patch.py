@@ -38,14 +38,14 @@ def patch_bloom(
     loss is computed without logits, see `FusedBloomForCausalLM`. Returns the same model.
 
     A block, an attention or another module that is not exactly BLOOM's class, or whose forward was replaced,
-    keeps its forward; where the fused path would go around it, transformers' own is taken. Hooks run as they
+    keeps its forward; where the fused path would bypass it, transformers' own is taken. Hooks run as they
     do without the patch.
 
     Raises:
         TypeError: not a BloomForCausalLM, or a subclass.
         ValueError: already patched, no linear layer of the blocks is called ``target``, ``parts`` do not fit
             it, ``scale`` is 0, or the model has what an adapter would bypass or freeze: accelerate's hooks,
-            adapters of another library, a target that is no plain linear layer or shares its weight.
+            adapters of another library, a target that is not a plain linear layer or shares its weight.
     """
     if is_patched(model):
         raise ValueError("the model is patched already; call unpatch_bloom(model) first")
@@ -105,7 +105,7 @@ def unpatch_bloom(model: BloomForCausalLM, merge: bool = False) -> BloomForCausa
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch_bloom` was here."""
+    """Whether ``model`` has been patched by `patch_bloom`."""
     return _trained_before(model) is not None
 
 
@@ -168,14 +168,14 @@ def _check_model(model: nn.Module) -> None:
         if method := replaced_method(module):
             raise ValueError(
                 f"{name}: its {method} is not {kind.__name__}'s; a model that accelerate spreads over "
-                "devices or offloads, and one with other methods of its own, cannot be patched"
+                "devices or offloads, and one with replaced methods, cannot be patched"
             )
 
 
 def _refuse_foreign_tensors(model: BloomForCausalLM, targets: Sequence[str]) -> None:
     """Raise ValueError for a tensor of the trunk that BLOOM does not have, which the patch would freeze.
 
-    Also for one of ``targets``, names of linear layers, that does not stand where BLOOM's own stand.
+    Also for one of ``targets``, names of linear layers, that is not in the place of one of BLOOM's own.
     """
     with torch.device("meta"):
         own = {name for name, _ in BloomModel(copy.deepcopy(model.config)).named_parameters()}
@@ -184,13 +184,13 @@ def _refuse_foreign_tensors(model: BloomForCausalLM, targets: Sequence[str]) -> 
     names += [f"{name.removeprefix('transformer.')}.weight" for name in targets]
     if foreign := [name for name in names if name not in own]:
         raise ValueError(
-            f"{foreign[0]} is no tensor of BLOOM's ({len(foreign)} such); merge or remove another library's "
-            "adapters, wrappers and quantized layers first"
+            f"{foreign[0]} is not a tensor of BLOOM's ({len(foreign)} such); merge or remove another "
+            "library's adapters, wrappers and quantized layers first"
         )
 
 
 def _not_adaptable(model: BloomForCausalLM, linear: nn.Linear) -> str | None:
-    """Why a LoRALinear cannot stand in the place of ``linear``; None where it can."""
+    """Why a LoRALinear cannot replace ``linear``; None where it can."""
     if type(linear) not in (nn.Linear, FUSED_CLASSES[nn.Linear]):
         return f"its class is {type(linear).__name__} and not exactly torch.nn.Linear"
     if method := replaced_method(linear):
@@ -201,7 +201,7 @@ def _not_adaptable(model: BloomForCausalLM, linear: nn.Linear) -> str | None:
         is_wrapper = is_traceable_wrapper_subclass(tensor)
         if is_wrapper or not tensor.is_floating_point():
             return (
-                f"its {leaf} is a {type(tensor).__name__} of {tensor.dtype}, no plain floating-point tensor"
+                f"its {leaf} is a {type(tensor).__name__} of {tensor.dtype}, not a plain floating-point one"
             )
         names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is tensor]
         if len(names) > 1:

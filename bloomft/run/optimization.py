@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of a run: made, checked early, and taken over from a checkpoint."""
+"""The optimizer and the schedule of a run: created, checked early, and restored from a checkpoint."""
 
 import math
 from typing import Any
@@ -40,7 +40,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: SchedulerConfig) 
             num_training_steps=settings.num_training_steps,
             scheduler_specific_kwargs=dict(settings.scheduler_specific_kwargs),
         )
-    except Exception as error:  # the schedules check nothing themselves: text where a number is meant, say
+    except Exception as error:  # the schedules check nothing themselves, e.g. text in place of a number
         raise _does_not_work(settings, error) from error
 
 
@@ -72,8 +72,8 @@ def restore_scheduler(
     """Take a scheduler's progress from ``state`` and its settings from ``now``; set the learning rates.
 
     ``scheduler`` is fresh and made from ``now``; ``state`` was saved under the settings ``then``, when the
-    optimizer's groups had the learning rates ``rates``. What two fresh schedules, of then and of now, differ
-    in is a setting; what they agree on has only moved since.
+    optimizer's groups had the learning rates ``rates``. What differs between two fresh schedules, of
+    then and of now, is a setting; the rest is progress.
     """
     base, base_then = now.optimizer.lr, then.optimizer.lr
     groups = scheduler.optimizer.param_groups
@@ -88,7 +88,7 @@ def restore_scheduler(
     if isinstance(scheduler, LambdaLR):
         new_rates = [base * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     else:
-        # Where the schedule had taken the rate, in proportion, and within its bounds of now.
+        # The rate that the schedule had reached, in proportion, within the bounds of now.
         least = [min(bound, base) for bound in scheduler.min_lrs]
         most = [max(bound, base) for bound in getattr(scheduler, "max_lrs", [base] * len(groups))]
         moved = [rate * (base / base_then) for rate in rates]

@@ -1,4 +1,4 @@
-"""A configuration to a run that is ready to take its next step."""
+"""From a configuration to a run that is ready for its next step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Job:
     """A run and what it works on.
 
     Attributes:
-        last: its last.ckpt; saved: the step that this holds, None where there is none of this run.
+        last: its last.ckpt; saved: the step that this holds, None where it is not of this run.
         notes: lines for the log.
     """
 
@@ -42,7 +42,7 @@ class Job:
 
 
 def set_up(config: Config, device: torch.device) -> Job:
-    """Base, data, adapters and optimizer, as they were if there is a checkpoint to go on from.
+    """Base, data, adapters and optimizer, restored if there is a checkpoint to resume from.
 
     Raises `UserError` for whatever the user can correct.
     """
