@@ -126,7 +126,7 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
         _save(job, log, keep=False)
     if run.step < total:
         held = f"{job.last} holds step {job.saved} of {total}"
-        log.message(f"stopped; {held}; the same command goes on from there")
+        log.message(f"stopped; {held}; the same command resumes from there")
         return None
     if eval_loss is None and heldout is not None:
         eval_loss = _evaluate(job, heldout, settings, log)

@@ -82,7 +82,7 @@ def load_base(config: TransformerConfig) -> Base:
                 location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
             model, found = pair
-        for verb, keys in (("lacks", found["missing_keys"]), ("has a foreign", found["unexpected_keys"])):
+        for verb, keys in (("lacks", found["missing_keys"]), ("has an unexpected", found["unexpected_keys"])):
             if keys:
                 where = files[0] if len(files) == 1 else folder / INDEX
                 raise UserError(f"{where}: {verb} {min(keys)} ({len(keys)} such tensors)")
@@ -120,7 +120,7 @@ def _check_settings(name: str, settings: PreTrainedConfig, folder: Path) -> None
     path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{folder}: has an adapter next to the base; merge it or move adapter_config.json away"
+            f"{folder}: has an adapter beside the base; merge it or move adapter_config.json away"
         )
     if getattr(settings, "quantization_config", None) is not None:
         raise UserError(f"{path}: quantization_config: a quantized base cannot be fine-tuned here")
