@@ -50,7 +50,7 @@ def change_tensors(folder: Path, change) -> None:
 NORM = "transformer.ln_f.weight"
 TENSORS = {
     "missing": (lambda t: t.pop(NORM), f"model.safetensors: lacks {NORM}"),
-    "foreign": (lambda t: t.update(extra=torch.zeros(3)), "model.safetensors: has a foreign extra"),
+    "foreign": (lambda t: t.update(extra=torch.zeros(3)), "model.safetensors: has an unexpected extra"),
     "shape": (lambda t: t.update({NORM: torch.zeros(7)}), rf"safetensors: {NORM} has shape \[7\], .*\[48\]"),
     "integers": (lambda t: t.update({NORM: torch.zeros(48, dtype=torch.int8)}), f"{NORM} is stored as I8"),
 }
