@@ -1,1 +1,1 @@
-"""Benchmarks: every speed is a ratio against a named rival of the same run, its numerics checked first."""
+"""Benchmarks: every speed is a ratio to a named rival in the same run, and results are checked first."""

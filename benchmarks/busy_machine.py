@@ -1,10 +1,10 @@
-"""A training step beside other busy processes, by how long OpenMP's threads spin before they sleep.
+"""A training step next to busy processes, by how long OpenMP's threads spin before they sleep.
 
     python -m benchmarks.busy_machine [--neighbours 0 1 2 4] [--seconds 15] [--json FILE]
 
-libgomp's threads wait for each other by spinning, for many milliseconds by default: where more threads are
-runnable than there are cores, they spin away the time in which their neighbour would have finished. The
-settings are read when libgomp is loaded, so each step runs in a process of its own; by turns, medians.
+libgomp's threads wait for each other by spinning, for many milliseconds by default: with more runnable
+threads than cores, they take up the time in which the thread they wait for would have finished. The settings
+are read when libgomp is loaded, so each runs in a separate process; they alternate, medians are reported.
 """
 
 import argparse
@@ -45,12 +45,12 @@ def measure_steps(seconds: float) -> list[float]:
         start = time.perf_counter()
         model(ids, labels=ids).loss.backward()
         times.append(time.perf_counter() - start)
-    return times[1:]  # the first one makes choices
+    return times[1:]  # the first one measures and chooses kernels
 
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many processes that never wait."""
+    """``count`` processes that never wait."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -72,7 +72,7 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.busy_machine")
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2, 4])
-    parser.add_argument("--seconds", type=float, default=15.0, help="of steps in each process")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of steps for each setting")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--step", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_benchmark_update_json(output_json: dict) -> None:
-    """Keep the machine's kind, not its name, and no samples: each case has its own environment and spread."""
+    """Keep the machine's type, not its name, and no samples: each case has its own environment and spread."""
     kept = ("machine", "system", "python_version")
     output_json["machine_info"] = {name: output_json["machine_info"][name] for name in kept}
     output_json["commit_info"] = {"id": output_json["commit_info"].get("id")}
@@ -33,7 +33,7 @@ def pytest_benchmark_update_json(output_json: dict) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def process_settings() -> None:
-    """Every rival of this process has the settings of training; a process of its own has what it says."""
+    """Every rival of this process has the settings of training; separate processes set their own."""
     setup_process()
 
 

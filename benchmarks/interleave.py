@@ -1,8 +1,8 @@
-"""Timing by turns: every rival once a round, medians and their spread over the rounds, ratios round by round.
+"""Interleaved timing: every rival once per round, medians and quartiles over rounds, ratios within them.
 
 A machine that slows down for a while slows all rivals of that round alike, so a ratio of two rivals is taken
-within each round and its median reported. Numerics come first: require_right() stops while a result is wrong.
-On a GPU every turn starts with a flushed L2 cache and is timed by events.
+within each round and its median reported. Results come first: require_right() raises while one is wrong. On
+a GPU every turn starts with a flushed L2 cache and is timed with events.
 """
 
 import importlib.metadata
@@ -37,7 +37,7 @@ class Timing:
 
 
 def require_right(failures: Mapping[str, list[str]]) -> None:
-    """AssertionError that lists, by rival, what is wrong with its results; nothing where nothing is."""
+    """Raise an AssertionError that lists, by rival, what is wrong with its results, if anything is."""
     wrong = {name: lines for name, lines in failures.items() if lines}
     assert not wrong, f"no speed is printed while results are wrong: {wrong}"
 
@@ -112,7 +112,7 @@ def record(
 
 
 def table(title: str, timings: Mapping[str, Timing], floor: str) -> str:
-    """One line a rival: median, quartiles, ratio to the floor with its quartiles."""
+    """One line per rival: median, quartiles, ratio to the floor with its quartiles."""
     lines = [f"{title}; ratios to {floor}, medians of rounds [quartiles]"]
     for name, timing in timings.items():
         low, high = timing.quartiles_ms
@@ -143,12 +143,12 @@ def whole(case: Mapping) -> dict[str, dict]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a rival is this project."""
+    """Whether a rival is this project's."""
     return name.startswith(("lorakernels", "bloomft"))
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system reports it."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))

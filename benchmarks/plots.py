@@ -1,4 +1,4 @@
-"""Pictures of stored benchmarks: axes from zero, the floor drawn, readable at a README's width."""
+"""Plots of stored benchmarks: axes from zero, the floor drawn, readable at a README's width."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ PLAIN_METADATA = {"Software": None}
 
 
 def draw(cases: dict[str, dict], folder: Path) -> list[str]:
-    """Write every picture that the cases have figures for; their file names."""
+    """Write every plot that the cases have figures for; returns the file names."""
     return [name for name, picture in PICTURES.items() if picture(cases, folder / name)]
 
 
@@ -138,9 +138,9 @@ def _share_of_limit(cases: dict[str, dict], path: Path) -> bool:
     names = list(shares)
     axes.barh(names, list(shares.values()), color=[_color(name.rsplit(": ", 1)[1]) for name in names])
     for at, name in enumerate(names):
-        # on a ground of its own, for the limit's line passes behind it
-        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(shares[name] + 1, at, f"{shares[name]:.0f}%", va="center", fontsize=8, bbox=ground)
+        # with a background, since the limit's line passes behind it
+        background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(shares[name] + 1, at, f"{shares[name]:.0f}%", va="center", fontsize=8, bbox=background)
     axes.axvline(100, color=FLOOR_COLOR, lw=1.5)
     axes.set_xlim(0, max(115, 1.1 * max(shares.values())))
     axes.invert_yaxis()
@@ -151,7 +151,7 @@ def _share_of_limit(cases: dict[str, dict], path: Path) -> bool:
 
 
 def _roofline(cases: dict[str, dict], path: Path) -> bool:
-    """Operations a second over operations a byte, under the two limits measured on this machine."""
+    """Operations per second over operations per byte, under the two limits measured on this machine."""
     machine = next(iter(_of_group(cases, "machine").values()), None)
     layers = [case for case in _of_group(cases, "lora_linear").values() if case["case"]["dtype"] == "float32"]
     if machine is None or not layers:

@@ -1,4 +1,4 @@
-"""Memory of a process, as Linux counts it, and of a function in a fresh one."""
+"""Memory of a process, as Linux counts it, and calls in a fresh process."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def reset_peak() -> None:
 
 def peak_over(step: Callable[[], object]) -> int:
     """Bytes that step takes at its peak beyond what this process has in use before it."""
-    # a step that fits into blocks that glibc keeps would seem to take nothing
+    # a step that fits into blocks that glibc keeps would seem to need no memory
     release_freed_memory()
     reset_peak()
     before = resident()
@@ -34,7 +34,7 @@ def peak_over(step: Callable[[], object]) -> int:
 
 
 def in_fresh_process(function: Callable, *arguments: object):
-    """What function, importable, returns in a new process; BrokenProcessPool where that was killed."""
+    """The result of an importable function in a new process; BrokenProcessPool if that was killed."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *arguments).result()
 

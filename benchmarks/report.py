@@ -1,9 +1,9 @@
-"""python -m benchmarks.report [JSON ...] [--compare OLD.json]: tables and pictures of stored benchmarks.
+"""python -m benchmarks.report [JSON ...] [--compare OLD.json]: tables and plots of stored benchmarks.
 
 JSON files are those of ``pytest benchmarks --benchmark-only --benchmark-json=FILE``; without one, those under
-benchmarks/results/<machine>. Where two files hold the same case the later one counts. Writes report.md and
-the pictures beside the first file, and the README's figures between their two marks. With --compare nothing
-is written: a case of ours whose ratio has left the noise for the worse is listed, and the exit status is 1.
+benchmarks/results/<machine>. If two files hold the same case, the later one counts. Writes report.md and
+the plots next to the first file, and the README's figures between their two markers. With --compare nothing
+is written: cases of ours whose ratio got worse beyond the noise are listed, and the exit status is then 1.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("json", nargs="*", type=Path, help="files of pytest-benchmark")
     parser.add_argument(
-        "--compare", type=Path, metavar="OLD", help="an earlier file to hold the ratios against"
+        "--compare", type=Path, metavar="OLD", help="an earlier file to compare the ratios with"
     )
     options = parser.parse_args(arguments)
     paths = options.json or sorted((RESULTS / machine_folder()).glob("*.json"))
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     cases = read_cases(paths)
     if options.compare:
         worse = list(regressions(read_cases([options.compare]), cases))
-        print("\n".join(worse) or "no ratio of ours has left the noise for the worse")
+        print("\n".join(worse) or "no ratio of ours got worse beyond the noise")
         return 1 if worse else 0
     folder = paths[0].parent
     pictures = plots.draw(cases, folder)
@@ -64,7 +64,7 @@ def read_cases(paths: Sequence[Path]) -> dict[str, dict]:
     """extra_info of every stored benchmark, with its group, by test id without its file."""
     cases = {}
     for path in paths:
-        # gpu_check's file, which may stand beside them, has none
+        # gpu_check's file, which may be in the same folder, has none
         for one in json.loads(path.read_text(encoding="utf-8")).get("benchmarks", ()):
             if "phases" in one["extra_info"]:
                 cases[one["name"]] = {"group": one["group"], **one["extra_info"]}
@@ -97,7 +97,7 @@ def _other_choices(old: dict, new: dict) -> str:
 
 
 def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
-    """Every case, every rival, every phase; then what was computed and not measured."""
+    """Every case, rival and phase; then what was computed, not measured."""
     machines = sorted({_machine(case) for case in cases.values()})
     lines = ["# Benchmarks", "", HOW, "", *(f"Measured on {machine}." for machine in machines), ""]
     lines += [f"![{Path(name).stem}]({name})" for name in pictures]
@@ -135,16 +135,16 @@ def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
 
 
 def with_figures(readme: str, cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> str:
-    """The README with its figures, between the two marks, made anew; ValueError without the marks."""
+    """The README with new figures between the two markers; ValueError without the markers."""
     head, begin, rest = readme.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md: expected the marks {BEGIN.strip()} and {END.strip()}")
+        raise ValueError(f"README.md: expected the markers {BEGIN.strip()} and {END.strip()}")
     return head + BEGIN + figures(cases, pictures, folder.resolve().relative_to(ROOT)) + END + tail
 
 
 def figures(cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> str:
-    """One line a case: ours against its rivals, as times theirs takes ours."""
+    """One line per case: ours against its rivals, whose times are given as multiples of ours."""
     machines = "; ".join(sorted({_machine(case) for case in cases.values()}))
     lines = [
         f"Measured on {machines}. A ratio is the rival's time over ours, medians of interleaved rounds;",

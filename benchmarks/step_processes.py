@@ -1,4 +1,4 @@
-"""A process for each rival of the whole step: settings and memory are a process's own, turns are shared."""
+"""One process per rival of the whole step, since settings and memory are per process; they take turns."""
 
 import contextlib
 import multiprocessing
@@ -18,7 +18,7 @@ FLOORS = {GEMMS: make_gemms, ATTENTION: make_attention_products}
 
 
 class RivalProcess:
-    """Holds one rival's model; steps when told, and tells seconds, peak memory, loss and gradients.
+    """Holds one rival's model; takes steps on request and returns seconds, peak memory, loss and gradients.
 
     The process starts, and takes an untimed step, when it is first asked, and again after close().
     """
@@ -28,7 +28,7 @@ class RivalProcess:
         self._process = None
 
     def step(self) -> tuple[float, int]:
-        """Seconds of one forward and backward; bytes at its peak over what was held before the first."""
+        """Seconds of one forward and backward; peak bytes beyond what was in use before the first."""
         if self._process is None:
             self._start()
             self._ask("step")
@@ -46,7 +46,7 @@ class RivalProcess:
         other.close()
 
     def _ask(self, question: str):
-        with contextlib.suppress(BrokenPipeError):  # a rival that failed has left its error to be read
+        with contextlib.suppress(BrokenPipeError):  # a rival that failed has sent its error
             self._pipe.send(question)
         answer = self._pipe.recv()
         if isinstance(answer, Exception):
@@ -54,7 +54,7 @@ class RivalProcess:
         return answer
 
     def close(self) -> None:
-        """End the process and give its memory back."""
+        """End the process, which frees its memory."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -68,7 +68,7 @@ def _serve(pipe: Connection, name: str, shape: Shape, weights: Path, threads: in
             step, trained = FLOORS[name](shape), []
         else:
             step, trained, model = make_step(name, shape, weights)
-            # Mapped weights that this model has not read yet would count as the step's own memory.
+            # Mapped weights that this model has not read yet would count as the step's memory.
             for parameter in model.parameters():
                 parameter.detach().sum()
         release_freed_memory()

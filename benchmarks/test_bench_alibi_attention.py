@@ -2,8 +2,8 @@
 
     python -m pytest benchmarks/test_bench_alibi_attention.py --benchmark-only -s
 
-Every way gets views of one fused projection and gives its gradient. The packed rows hold four documents; the
-other ways know no documents and attend to all.
+Every implementation gets views of one fused projection and returns its gradient. The packed rows hold four
+documents; the other implementations attend to the whole row.
 """
 
 import functools
@@ -23,7 +23,7 @@ HEADS, WIDTH, LENGTH, ROUNDS = 16, 64, 1024, 9
 DOCUMENTS = (torch.arange(LENGTH)[None] * 4) // LENGTH
 ROUNDINGS = {"out": 2, "gradient": 3}
 EAGER, OURS, PACKED = "eager (transformers)", "lorakernels", "lorakernels, 4 documents"
-WAYS = {
+RIVALS = {
     EAGER: baselines.eager,
     "SDPA with a bias": baselines.sdpa_with_bias,
     "SDPA with an extra dimension": baselines.sdpa_with_extra_dimension,
@@ -47,11 +47,11 @@ def step(function, fused: torch.Tensor, incoming: torch.Tensor, slopes: torch.Te
     return [out.detach(), *torch.autograd.grad(out, fused, incoming)]
 
 
-def peak_over_inputs(way: str, dtype: torch.dtype) -> int:
+def peak_over_inputs(rival: str, dtype: torch.dtype) -> int:
     """Bytes that one step takes at its peak beyond its inputs; to be called in a fresh process."""
     setup_process()
     problem = make_problem(dtype)
-    return process_memory.peak_over(lambda: step(WAYS[way], *problem))
+    return process_memory.peak_over(lambda: step(RIVALS[rival], *problem))
 
 
 @pytest.mark.benchmark(group="alibi_attention")
@@ -59,19 +59,22 @@ def peak_over_inputs(way: str, dtype: torch.dtype) -> int:
 def test_attention(benchmark, dtype):
     fused, incoming, slopes = make_problem(dtype)
     steps = {
-        way: functools.partial(step, function, fused, incoming, slopes) for way, function in WAYS.items()
+        rival: functools.partial(step, function, fused, incoming, slopes)
+        for rival, function in RIVALS.items()
     }
     wide = fused.detach().double().requires_grad_()
     exact = step(alibi_attention_reference, wide, incoming.double(), slopes)
     wrong, errors = [], {}
-    for way in (OURS, EAGER):
-        for (name, roundings), got, right in zip(ROUNDINGS.items(), steps[way](), exact, strict=True):
-            errors[f"{way}, {name}"] = relative_error(got, right)
-            if way == OURS:
+    for rival in (OURS, EAGER):
+        for (name, roundings), got, right in zip(ROUNDINGS.items(), steps[rival](), exact, strict=True):
+            errors[f"{rival}, {name}"] = relative_error(got, right)
+            if rival == OURS:
                 options = {"operands": dtype, "terms": LENGTH + WIDTH, "roundings": roundings}
                 wrong += deviations(name, got, right, dtype, **options)
     interleave.require_right({OURS: wrong})
-    memory = {way: process_memory.in_fresh_process(peak_over_inputs, way, dtype) for way in (EAGER, OURS)}
+    memory = {
+        rival: process_memory.in_fresh_process(peak_over_inputs, rival, dtype) for rival in (EAGER, OURS)
+    }
     interleave.compare(
         benchmark,
         steps,

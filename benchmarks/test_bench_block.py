@@ -2,8 +2,9 @@
 
     python -m pytest benchmarks/test_bench_block.py --benchmark-only -s [--full]
 
-A model of one block between its two layer norms, fed with embeddings that want a gradient. The floor is the
-block's products with frozen weights alone, attention's own beside them. --full adds both under torch.compile.
+A model of one block between its two layer norms, fed with embeddings that require a gradient. The floor is
+the block's products with frozen weights alone; attention's products are timed too. --full adds both models
+under torch.compile.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from lorakernels.tolerance import relative_error
 
 SHAPE = bloom_step.Shape(layers=1, vocab_size=512)
 FLOOR, OURS, PEFT = GEMMS, "bloomft", "PEFT"
-# A model in float32 stays this close to float64; operators have a bound of their own, in their benchmarks.
+# A model in float32 stays this close to float64; operators have separate bounds, in their benchmarks.
 TOLERANCE = 1e-5
 RESULTS = ("out", "dembeddings", "dA", "dB")
 
@@ -49,7 +50,7 @@ BUILDERS = {
 
 
 class Step:
-    """Forward and backward of the decoder, dtype by choice, with the same weights and adapters everywhere."""
+    """Forward and backward of the decoder in any dtype, with the same weights and adapters for all."""
 
     def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
         with bloom_step.scratch_folder() as folder:

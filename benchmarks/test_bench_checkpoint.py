@@ -1,10 +1,10 @@
-"""Saving and loading a checkpoint, against torch alone without the care for a power cut.
+"""Saving and loading a checkpoint, against plain torch, which does not protect against a power cut.
 
     python -m pytest benchmarks/test_bench_checkpoint.py --benchmark-only -s
 
-The adapters of BLOOM-7b1 at r = 16 with AdamW's two moments: 94 MB. bloomft writes aside, syncs and renames,
-and keeps and checks a hash of the bytes.
-The floor of saving is the same bytes written and synced.
+The adapters of BLOOM-7b1 at r = 16 with AdamW's two moments: 94 MB. bloomft writes a temporary file, syncs
+and renames it, and stores and checks a hash of the bytes. The floor of saving is the same bytes written and
+synced.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def make_state() -> TrainingState:
 
 @pytest.fixture
 def saved(tmp_path):
-    """A state, its folder, and what was read back, which is the same to the bit."""
+    """A state, its folder, and what was read back, which is bitwise the same."""
     state = make_state()
     save_checkpoint(state, tmp_path, keep=False)
     back = load_checkpoint(tmp_path / LAST)

@@ -1,4 +1,4 @@
-"""Text to tokens, lengths to rows, rows to batches: each against a plain rival, once both agree."""
+"""Text to tokens, lengths to rows, rows to batches: each against a plain rival that gives the same."""
 
 import bisect
 import itertools
@@ -125,7 +125,7 @@ def test_batch(benchmark, lengths):
     numbers = itertools.count()
 
     def slices():
-        """The floor: whole rows of the corpus as they come, no labels masked, no documents told apart."""
+        """The floor: whole rows of the corpus as they come, no labels masked, no documents distinguished."""
         start = next(numbers) * 8 * MAX_LENGTH % (len(tokens) - 8 * MAX_LENGTH)
         rows = tokens[start : start + 8 * MAX_LENGTH].reshape(8, MAX_LENGTH).astype(np.int64)
         return {"input_ids": torch.from_numpy(rows), "labels": torch.from_numpy(rows.copy())}

@@ -3,8 +3,8 @@
     python -m pytest benchmarks/test_bench_linear_cross_entropy.py --benchmark-only -s [--full]
 
 BLOOM-560m's head: V = 250,880, H = 1024. The floor is its two products alone, in chunks of 512 rows. At 4,096
-rows full logits take 16 GiB, so every turn starts with the freed memory of the others given back, or
-a machine of 24 GiB would not do; the fresh pages cost the one that takes most.
+rows full logits take 16 GiB, so every turn starts by returning the memory that the others freed, or 24 GiB
+would not be enough; the fresh pages slow down the implementation that takes most.
 """
 
 import functools
@@ -23,13 +23,13 @@ from lorakernels.tolerance import relative_error
 VOCABULARY, WIDTH = 250_880, 1024
 FLOOR, OURS, THEIRS = "its products alone", "lorakernels", "full logits (transformers)"
 TWICE = "chunks, logits made twice"
-WAYS = {
+RIVALS = {
     THEIRS: baselines.full_logits,
     TWICE: baselines.row_chunks,
     "chunks, gradient in forward (Liger's form, re-implemented)": baselines.gradient_in_forward,
     OURS: linear_cross_entropy,
 }
-LIGER = next(name for name in WAYS if "Liger" in name)
+LIGER = next(name for name in RIVALS if "Liger" in name)
 FULL = pytest.mark.full
 SIZES = [
     pytest.param(512, torch.float32, id="512-fp32"),
@@ -48,9 +48,9 @@ def make_problem(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     return hidden, weight, torch.randint(VOCABULARY, (rows,), generator=generator)
 
 
-def step(way: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+def step(rival: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
     """The loss and the gradient of hidden."""
-    loss = WAYS[way](hidden, weight, labels)
+    loss = RIVALS[rival](hidden, weight, labels)
     return [loss.detach(), *torch.autograd.grad(loss, hidden)]
 
 
@@ -85,13 +85,13 @@ def products_alone(hidden: torch.Tensor, weight: torch.Tensor):
     return run
 
 
-def peak_over_inputs(way: str, rows: int, dtype: torch.dtype, threads: int) -> int:
+def peak_over_inputs(rival: str, rows: int, dtype: torch.dtype, threads: int) -> int:
     """Bytes that one step takes at its peak beyond its inputs; to be called in a fresh process."""
     setup_process()
     torch.set_num_threads(threads)
     problem = make_problem(rows, dtype)
-    step(way, problem[0][:8].detach().requires_grad_(), problem[1][:512], problem[2][:8] % 512)
-    return process_memory.peak_over(lambda: step(way, *problem))
+    step(rival, problem[0][:8].detach().requires_grad_(), problem[1][:512], problem[2][:8] % 512)
+    return process_memory.peak_over(lambda: step(rival, *problem))
 
 
 @pytest.mark.timeout(1800)
@@ -101,13 +101,13 @@ def test_loss(benchmark, rows, dtype, full):
     # Liger's rule gives chunks of 4 to 32 rows here, which on a CPU read the whole head each
     left_out = set() if full and rows == 512 and dtype == torch.float32 else {LIGER}
     left_out |= set() if full else {TWICE}
-    ways = [way for way in WAYS if way not in left_out]
+    rivals = [rival for rival in RIVALS if rival not in left_out]
     memory = {
-        way: process_memory.in_fresh_process(peak_over_inputs, way, rows, dtype, torch.get_num_threads())
-        for way in ways
+        rival: process_memory.in_fresh_process(peak_over_inputs, rival, rows, dtype, torch.get_num_threads())
+        for rival in rivals
     }
     problem = make_problem(rows, dtype)
-    steps = {way: functools.partial(step, way, *problem) for way in ways}
+    steps = {rival: functools.partial(step, rival, *problem) for rival in rivals}
     results = steps[OURS]()
     release_freed_memory()
     exact, largest_logit = exact_step(*problem)
@@ -136,6 +136,6 @@ def test_loss(benchmark, rows, dtype, full):
         errors=errors,
         flops=dict.fromkeys((FLOOR, OURS), 4 * rows * VOCABULARY * WIDTH),
     )
-    for way, peak in memory.items():
-        print(f"  {way:58} {peak / 2**20:7.0f} MiB, {peak / memory[THEIRS]:.3f} of {THEIRS}")
+    for rival, peak in memory.items():
+        print(f"  {rival:58} {peak / 2**20:7.0f} MiB, {peak / memory[THEIRS]:.3f} of {THEIRS}")
     assert memory[OURS] < memory[THEIRS] / 10

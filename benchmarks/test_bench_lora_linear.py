@@ -1,4 +1,4 @@
-"""One LoRA linear over the frozen linear alone, forward and backward; others' layers in the same rounds.
+"""One LoRA linear over the frozen linear alone, forward and backward, and other libraries' layers.
 
     python -m pytest benchmarks/test_bench_lora_linear.py --benchmark-only -s [--full]
 
@@ -17,17 +17,17 @@ from lorakernels.ops.lora_linear import check
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 FLOOR, TORCH_FLOOR, OURS = "frozen linear", "frozen linear, torch's", "lorakernels"
-# model: K, N and the rows that a CPU has time for
+# model: K, N and the rows for a CPU
 SHAPES = {"bloom-560m": (1024, 3072, 1024), "bloom-1b7": (2048, 6144, 512), "bloom-7b1": (4096, 12288, 256)}
 GPU_ROWS = 8192
 CPU_ROUNDS = {"bloom-560m": 19, "bloom-1b7": 9, "bloom-7b1": 5}
-# On a CPU at M = 1024 this project allows itself these ratios to the frozen linear, forward and backward; in
-# so many rounds.
+# This project's targets on a CPU at M = 1024: the ratio to the frozen linear, forward and backward, and the
+# number of rounds.
 TARGETS = {"bloom-560m": (1.06, 60), "bloom-1b7": (1.05, 30)}
 
 
 def lorakernels_linear(problem: check.Case) -> baselines.Layer:
-    """LoRALinear, as a model has it."""
+    """LoRALinear, as in a model."""
     layer = LoRALinear(problem.weight, problem.bias, problem.lora_a, problem.lora_b, problem.scale)
     return layer, [layer.lora_a, layer.lora_b]
 
@@ -136,7 +136,7 @@ def run(
 @pytest.mark.parametrize("model", SHAPES)
 def test_layer(benchmark, model, r, full):
     rows, dtype = (GPU_ROWS, torch.bfloat16) if ON_GPU else (SHAPES[model][2], torch.float32)
-    # the smallest case stands for the others in what takes a process or a compilation each
+    # only the smallest case measures what takes a process or a compilation each
     smallest = (model, r) == ("bloom-560m", 8)
     names = rivals_for(dtype, compiled=ON_GPU or full or smallest)
     rounds = 50 if ON_GPU else CPU_ROUNDS[model]

@@ -1,7 +1,7 @@
 """The whole training step, forward and backward, against PEFT: BLOOM-560m's shape, 1 x 1024 tokens.
 
-Each rival lives in a process of its own, since its settings and its memory are the process's; the steps are
-taken in turn, medians reported. Every loss and adapter gradient is compared with float64 before a time is
+Each rival has a separate process, since settings and memory are per process; the steps are taken in turn,
+medians reported. Every loss and adapter gradient is compared with float64 before a time is
 printed, by what the dtype costs at best (baselines/rounded_model.py). ``--full`` takes all 24
 layers (12 for the ablation) and every case, each turn in a fresh process after one untimed step, since not
 all fit in memory together; otherwise there are 4 layers.
@@ -44,7 +44,7 @@ LADDER = [name for name in RIVALS if name not in (INSTALLED, NARROW)]
 
 @dataclass(frozen=True)
 class Case:
-    """A shape and who takes part."""
+    """A shape and its rivals."""
 
     shape: Shape
     rivals: tuple[str, ...] = (INSTALLED, SETTINGS, OURS, *FLOORS)
@@ -70,8 +70,8 @@ def test_step(case, full, benchmark):
     with scratch_folder() as folder:
         weights = write_weights(shape, Path(folder))
         exact, rounded = (
-            process_memory.in_fresh_process(exact_results, shape, weights, THREADS, way)
-            for way in (False, True)
+            process_memory.in_fresh_process(exact_results, shape, weights, THREADS, is_rounded)
+            for is_rounded in (False, True)
         )
         require = functools.partial(_require_right, exact=exact, rounded=rounded, shape=shape)
         rivals = {name: RivalProcess(name, shape, weights, THREADS) for name in settings.rivals}
@@ -116,7 +116,7 @@ def _take_turns(
 
 
 def _require_right(results: dict[str, tuple], exact: tuple, rounded: tuple, shape: Shape) -> dict[str, float]:
-    """Ours are as near to float64 as the dtype allows, or no speed is printed; each rival's worst errors."""
+    """Raise unless ours are as close to float64 as the dtype allows; returns each rival's worst errors."""
     dtype, widest = getattr(torch, shape.dtype), 4 * shape.hidden_size
     right, once = (list(map(torch.from_numpy, gradients)) for _, gradients in (exact, rounded))
     bounds = [loss_bound(exact[0], rounded[0], dtype, shape.tokens - shape.masked, widest)]

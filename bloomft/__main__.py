@@ -10,19 +10,19 @@ from bloomft.run.signals import watch_signals
 
 
 def main(arguments: Sequence[str]) -> None:
-    """COMMAND and what that command takes; ``--help`` lists the commands."""
+    """COMMAND and its arguments; ``--help`` lists the commands."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in ("-h", "--help"):
         print("usage: bloomft COMMAND ...\n")
         for command, meaning in COMMANDS.items():
             print(f"  {command:10}{meaning}")
-        print("\nbloomft COMMAND --help tells what a command takes")
+        print("\nbloomft COMMAND --help shows a command's arguments")
         return
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"bloomft: no command {name!r:.80}; {hint}")
-    # before the command imports torch, which takes seconds and reads what share_cores sets
+    # before torch is imported, which takes seconds and reads what share_cores sets
     if name == "train":
         watch_signals()
     share_cores()

@@ -1,4 +1,4 @@
-"""What the commands share: their names, options and overrides, and one way to end."""
+"""What the commands share: their names, options, overrides and exit statuses."""
 
 import argparse
 import importlib
@@ -13,10 +13,10 @@ from bloomft.errors import EXIT_MISTAKE, EXIT_STOPPED, Stopped, UserError
 
 # Each is a module of this package with a function main(arguments).
 COMMANDS = {
-    "train": "fine-tune BLOOM with LoRA, or go on where a run was stopped",
+    "train": "fine-tune BLOOM with LoRA, or resume a stopped run",
     "export": "turn a checkpoint into a merged model or a PEFT adapter",
-    "generate": "write text with the base, a checkpoint or an exported model",
-    "demo": "all of it on a small embedded model, in a minute or two",
+    "generate": "generate text with the base, a checkpoint or an exported model",
+    "demo": "the whole workflow on a small embedded model, in a minute or two",
 }
 
 
@@ -44,9 +44,15 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
-def parse_command(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
-) -> tuple[argparse.Namespace, Config]:
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls for words that it cannot parse."""
+        raise UserError(f"{self.prog}: {message}; see --help")
+
+
+def parse_command(parser: CommandParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """Parse ``arguments`` with ``parser``, whose ``config`` names a YAML file; load it with the overrides.
 
     An override is a positional word ``a.b=value`` that is not the name of a file. Mistakes are `UserError`s.
@@ -55,16 +61,11 @@ def parse_command(
     return options, load_config(options.config, overrides)
 
 
-def split_overrides(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """As `parse_command`, but the configuration is the caller's to load."""
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{parser.prog}: {message}; see --help")
-
-    parser.error = refuse
-    words, overrides, expects_value = [], [], False
+def split_overrides(parser: CommandParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """As `parse_command`, but loading the configuration is left to the caller."""
+    words: list[str] = []
+    overrides: list[str] = []
+    expects_value = False
     for word in arguments:
         is_override = (
             not word.startswith("-") and "=" in word and not expects_value and not os.path.exists(word)

@@ -1,4 +1,4 @@
-"""The whole job on the embedded default: ``python -m bloomft.demo [key=value ...]``.
+"""The whole workflow on the embedded model: ``python -m bloomft.demo [key=value ...]``.
 
 Pre-trains the small base if the cache does not have it, fine-tunes it with LoRA on the READMEs installed in
 this environment, and shows held-out losses and one prompt completed before and after.
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     setup_process()
     quiet_transformers()
     console = Console(highlight=False)
-    run_dir = Path(load_config(CONFIG, arguments).train.output_dir)
+    run_dir = load_config(CONFIG, arguments).train.run_dir
     call_command("train", [CONFIG, *arguments])
     base_loss, loss = _held_out_losses(run_dir)
 
@@ -51,11 +51,11 @@ def main(arguments: Sequence[str]) -> None:
         text = PROMPT + generate(model, tokenizer, PROMPT, sampling)
         console.print(Panel(text, title=title, title_align="left"), markup=False)
 
-    table = Table("held-out READMEs", "loss (nats a token)", "perplexity", title_justify="left")
+    table = Table("held-out READMEs", "loss (nats per token)", "perplexity", title_justify="left")
     for name, value in (("base", base_loss), ("after fine-tuning", loss)):
         table.add_row(name, f"{value:.4f}", f"{math.exp(value):.1f}")
     console.print(table)
-    console.print(f"{time.perf_counter() - start:.0f} s in all; the run is in {run_dir}/. Next:")
+    console.print(f"{time.perf_counter() - start:.0f} s in total; the run is in {run_dir}/. Next:")
     for command in (
         f'python -m bloomft.generate {CONFIG} last.ckpt --prompt "# My project"',
         f"python -m bloomft.export {CONFIG} last.ckpt",
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _held_out_losses(run_dir: Path) -> tuple[float, float]:
-    """Of the base and after the last step, as the run has left them in its folder."""
+    """Held-out losses of the base and after the last step, read from the run's folder."""
     before = load_checkpoint(run_dir / LAST).base_eval_loss
     last = json.loads((run_dir / METRICS).read_text(encoding="utf-8").splitlines()[-1])
     if before is None or "eval_loss" not in last:

@@ -1,7 +1,7 @@
-"""How a command ends that does not succeed: the user's mistake, or a signal that stopped it."""
+"""How a command fails: by the user's mistake, or because a signal stopped it."""
 
 EXIT_MISTAKE = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, resumes
 
 
 class UserError(Exception):
@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """A signal ended the work before its end; the text is one line and says what is saved.
+    """A signal stopped the work early; the text is one line and says what is saved.
 
-    No `Exception`, so that nothing which handles errors on the way takes it for one.
+    Not an `Exception`, so that no error handler on the way catches it.
     """

@@ -1,4 +1,4 @@
-"""Turn a checkpoint into files that others load: ``python -m bloomft.export CONFIG CHECKPOINT``.
+"""Turn a checkpoint into files that other programs load: ``python -m bloomft.export CONFIG CHECKPOINT``.
 
 ``--format merged`` (default) is a Hugging Face folder; ``--format adapter`` is PEFT's format.
 """
@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
     share_cores()  # before torch is imported
 
-import argparse
 import dataclasses
 import json
 import math
@@ -18,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import BloomForCausalLM
 
-from bloomft.batch import IGNORE_INDEX
-from bloomft.command_line import parse_command, run_command
+from bloomft.batch import IGNORE_INDEX, Batch
+from bloomft.command_line import CommandParser, parse_command, run_command
 from bloomft.config.keys import Config
 from bloomft.data.loading import load_data
 from bloomft.errors import UserError
@@ -45,7 +43,7 @@ class MergeShift:
         logits: largest absolute difference of the logits on the probed rows, and ``logits_scale`` the largest
             absolute logit there.
         unmerged_loss, merged_loss: held-out losses, None without held-out text.
-        transformers_loss: that of the merged model by transformers' own attention, which differs in 16
+        transformers_loss: that of the merged model with transformers' own attention, which differs in 16
             bits; None in float32 and without held-out text.
     """
 
@@ -59,7 +57,7 @@ class MergeShift:
 def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeShift | None:
     """Write ``output`` from ``checkpoint``; ``kind`` is "merged" or "adapter".
 
-    The folder is written aside and takes the place of an earlier export there in one step; whatever else is
+    The folder is written under a temporary name and atomically replaces an earlier export; anything else
     there is a `UserError`, and so are logits or losses that are not finite. Returns how far merging moved the
     model, None for an adapter.
     """
@@ -67,7 +65,7 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
     kept = (Path.cwd(), checkpoint, Path(base_name))
     _check_output(output, kept)
     check_folder(output)
-    device = pick_device(config.train.device)  # it is there, before a base is loaded
+    device = pick_device(config.train.device)  # fails before a base is loaded
     state = load_checkpoint(checkpoint)
     base = load_base(config.model.transformer)
     model = load_trained(base, state, checkpoint, device)
@@ -91,12 +89,12 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
 def _check_output(output: Path, kept: Iterable[Path]) -> None:
     """Raise `UserError` unless ``output`` is new, empty, or an earlier export with no other file in it.
 
-    It may be none of the paths ``kept`` and have none of them below it.
+    It must neither be nor contain any of the paths ``kept``.
     """
     folder = Path(os.path.realpath(output))
     for path in kept:
         if Path(os.path.realpath(path)).is_relative_to(folder):
-            raise UserError(f"--output {output}: the export would replace {path}; name a folder of its own")
+            raise UserError(f"--output {output}: the export would replace {path}; name a separate folder")
     try:
         names = {path.name for path in folder.iterdir()}
     except FileNotFoundError:
@@ -110,7 +108,7 @@ def _check_output(output: Path, kept: Iterable[Path]) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         listed = None
     if not isinstance(listed, list):
-        raise UserError(f"{output}: exists and is no earlier export; choose another folder with --output")
+        raise UserError(f"{output}: exists and is not an earlier export; choose another folder with --output")
     if foreign := sorted(name for name in names - {EXPORT_MARK} if name not in listed):
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise UserError(
@@ -135,7 +133,7 @@ def _merge(
     measured = []
     for merging in (False, True):
         if merging:
-            # Fused again while it is measured: plain transformers knows no documents and would ignore them.
+            # Fused again for the measurement: plain transformers would ignore document_ids.
             model = fuse_bloom(unpatch_bloom(model, merge=True).requires_grad_(False))
         with torch.no_grad():
             logits = model(probe.to(model.device), use_cache=False).logits.float()
@@ -165,8 +163,8 @@ def _merge(
 
 
 @torch.no_grad()
-def _loss_by_document(model: BloomForCausalLM, batches: Iterable[dict[str, Tensor]]) -> float:
-    """Mean loss over the labels, in nats a token, of a plain model, which knows no packed documents."""
+def _loss_by_document(model: BloomForCausalLM, batches: Iterable[Batch]) -> float:
+    """Mean loss over the labels, in nats per token, of a plain model, which does not support packing."""
     total, count = 0.0, 0
     for batch in batches:
         for ids, labels, documents in zip(
@@ -182,7 +180,7 @@ def _loss_by_document(model: BloomForCausalLM, batches: Iterable[dict[str, Tenso
 
 def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG CHECKPOINT [--output DIR] [--format merged|adapter] [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="python -m bloomft.export", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m bloomft.export", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the YAML file of the run")
     parser.add_argument("checkpoint", help="a checkpoint, or its name inside the run's folder")
     parser.add_argument("--output", help="folder to write; default <run folder>/<format>")
@@ -190,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
     options, config = parse_command(parser, arguments)
     setup_process()
     quiet_transformers()
-    run_dir = Path(config.train.output_dir)
+    run_dir = config.train.run_dir
     checkpoint = find_checkpoint(options.checkpoint, run_dir)
     output = Path(options.output) if options.output else run_dir / options.format
     shift = export(config, checkpoint, output, options.format)
@@ -199,7 +197,7 @@ def main(arguments: Sequence[str]) -> None:
             f"merged in float32: logits moved by at most {shift.logits:.2e} "
             f"(largest logit {shift.logits_scale:.2f})"
         )
-        if shift.merged_loss is not None:
+        if shift.merged_loss is not None and shift.unmerged_loss is not None:
             moved = shift.merged_loss - shift.unmerged_loss
             print(
                 f"held-out loss {shift.unmerged_loss:.6f} unmerged, "
@@ -207,7 +205,7 @@ def main(arguments: Sequence[str]) -> None:
             )
         if shift.transformers_loss is not None:
             print(
-                f"held-out loss {shift.transformers_loss:.6f} by transformers' own attention, which rounds "
+                f"held-out loss {shift.transformers_loss:.6f} with transformers' own attention, which rounds "
                 "scores and biases to 16 bits"
             )
     print(f"wrote {output}")

@@ -25,7 +25,7 @@ _MARK = "[0-9a-f]" * 8  # of a folder that is written aside, as a glob pattern
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write ``content`` beside ``path``, sync it to the disk, then rename it into place.
 
-    Raises `UserError` if the folder cannot be written or the disk is full; ``path`` is then as it was.
+    Raises `UserError` if the folder cannot be written or the disk is full; ``path`` is then unchanged.
     """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
@@ -52,15 +52,15 @@ def check_folder(folder: Path) -> None:
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise UserError(f"{folder}: cannot be written: {nearest} is no folder")
+        raise UserError(f"{folder}: cannot be written: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: cannot be written: no permission to write into {nearest}")
 
 
 def remove_unfinished(folder: Path, names: re.Pattern[str]) -> None:
-    """Remove what a killed `write_atomically` of a file in ``folder`` left, if ``names`` matches that file.
+    """Remove what killed `write_atomically` calls left in ``folder`` for files whose names match ``names``.
 
-    The caller makes sure that no other process writes such a file meanwhile.
+    The caller makes sure that no other process writes such a file at the same time.
     """
     for path in folder.iterdir():
         found = _TEMPORARY.fullmatch(path.name)
@@ -69,24 +69,22 @@ def remove_unfinished(folder: Path, names: re.Pattern[str]) -> None:
 
 
 def lock_file(file: BinaryIO, *, wait: bool) -> bool | None:
-    """Lock an open file until it is closed; False where another holds it, None where locks do not exist.
+    """Lock an open file until it is closed; False if another process holds it, None without lock support.
 
     The lock is the kernel's (flock): it ends with the process that holds it, however that ends. Containers
     on one host share it, and so do the clients of one NFS server unless they mount it with ``local_lock``.
     """
     try:
-        import fcntl
-
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except (ImportError, OSError):
+    except OSError:
         return None
     return True
 
 
 class AppendedFile:
-    """A file that grows by whole pieces: one that the disk has no space for leaves nothing of itself.
+    """A file whose appends are all or nothing, even on a full disk.
 
     Raises `UserError` where it cannot be opened or written.
     """
@@ -105,7 +103,7 @@ class AppendedFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            with suppress(OSError):  # a device cannot be cut
+            with suppress(OSError):  # a device cannot be truncated
                 self._file.truncate(start)
                 self._file.seek(start)
             raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
@@ -124,12 +122,12 @@ class AppendedFile:
 
 @contextmanager
 def folder_written_aside(folder: Path) -> Iterator[Path]:
-    """A scratch folder beside ``folder`` that takes its name, synced, when the block ends without an error.
+    """A scratch folder next to ``folder`` that replaces it, synced, when the block ends without an error.
 
-    The two change places in one step where the file system can do that, so that ``folder`` is the old one or
-    the new one whenever the process is killed; what was there is removed after that. A symbolic link is
-    followed. What killed processes left behind is put back or removed first. Raises `UserError` where it
-    cannot be written; ``folder`` is then as it was.
+    The two are exchanged atomically where the file system can do that, so that ``folder`` is the old one or
+    the new one whenever the process is killed; the old one is then removed. A symbolic link is followed. What
+    killed processes left behind is restored or removed first. Raises `UserError` where it cannot be written;
+    ``folder`` is then unchanged.
     """
     target = Path(os.path.realpath(folder))
     try:
@@ -163,11 +161,11 @@ def _beside(folder: Path, kind: str, mark: str) -> Path:
 
 
 def _locked_scratch(folder: Path) -> tuple[Path, int]:
-    """A fresh folder beside ``folder``, and the lock that keeps others from taking it for a leftover."""
+    """A new folder next to ``folder``, and the lock that keeps others from taking it for a leftover."""
     while True:
         scratch = _beside(folder, "new", secrets.token_hex(4))
         scratch.mkdir()
-        # Another process may take it for a leftover before the lock is there.
+        # Another process may take it for a leftover before it is locked.
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(scratch, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -177,7 +175,7 @@ def _locked_scratch(folder: Path) -> tuple[Path, int]:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left beside ``folder``; an old one that nothing followed is put back."""
+    """Remove what killed processes left next to ``folder``; an old one without a successor is restored."""
     name = glob.escape(folder.name)
     for leftover in sorted(folder.parent.glob(f".{name}-old-{_MARK}")):
         if not folder.exists():
@@ -207,7 +205,7 @@ def _swap(scratch: Path, folder: Path, retired: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two names change places in one step; False where the system or the file system has no such step."""
+    """Exchange two names atomically; False where the system or the file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False

@@ -1,6 +1,6 @@
-"""Write text with the base or what was trained: ``python -m bloomft.generate CONFIG [CHECKPOINT]``.
+"""Generate text with the base or a trained model: ``python -m bloomft.generate CONFIG [CHECKPOINT]``.
 
-Without CHECKPOINT it shows what the base writes, for comparison. The same seed gives the same text.
+Without CHECKPOINT the base generates, for comparison. The same seed gives the same text.
 """
 
 if __name__ == "__main__":
@@ -8,13 +8,12 @@ if __name__ == "__main__":
 
     share_cores()  # before torch is imported
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from transformers import TextStreamer
 
-from bloomft.command_line import run_command, split_overrides
+from bloomft.command_line import CommandParser, run_command, split_overrides
 from bloomft.errors import UserError
 from bloomft.model.base import quiet_transformers
 from bloomft.process import setup_process
@@ -23,13 +22,13 @@ from bloomft.run.generation import Sampling, generate, load_for_generation
 
 def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG [CHECKPOINT] --prompt TEXT [options] [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="python -m bloomft.generate", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m bloomft.generate", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the YAML file of the run, or an exported folder")
-    parser.add_argument("checkpoint", nargs="?", help="a checkpoint or an exported folder; none: the base")
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint or an exported folder; default: the base")
     parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
     parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens)
     parser.add_argument(
-        "--temperature", type=float, default=Sampling.temperature, help="0: the likeliest token"
+        "--temperature", type=float, default=Sampling.temperature, help="0: always the most likely token"
     )
     parser.add_argument("--top-p", type=float, default=Sampling.top_p)
     parser.add_argument("--seed", type=int, default=Sampling.seed)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _CHOSEN_BY_THE_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-# of libgomp's own unit; on a quiet machine a step takes 0.8% longer than by default, with 1,000 9%
+# in libgomp's unit; on an idle machine a step takes 0.8% longer than with the default, with 1,000 9%
 SPIN_COUNT = 20_000
 
 _M_TRIM_THRESHOLD = -1
@@ -24,11 +24,11 @@ _M_MMAP_MAX = -4
 
 
 def share_cores() -> None:
-    """Let OpenMP's threads sleep soon while they wait for each other; to be called before torch is imported.
+    """Make waiting OpenMP threads stop spinning early; to be called before torch is imported.
 
-    libgomp's spin for milliseconds by default. Where more threads are runnable than there are cores, one
-    that spins takes the time from the one that it waits for: beside one busy process a step takes many times
-    as long. `benchmarks/busy_machine.py` measures both. What the user has set in the environment stays.
+    libgomp's threads spin for milliseconds by default. With more runnable threads than cores, a spinning
+    thread takes CPU time from the one that it waits for: next to one busy process a step takes many times as
+    long. `benchmarks/busy_machine.py` measures both. What the user has set in the environment is kept.
     """
     if not any(name in os.environ for name in _CHOSEN_BY_THE_USER):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
@@ -38,7 +38,7 @@ def setup_process() -> None:
     """Prepare this process for training on a CPU; harmless on a GPU. Call it before any other torch work.
 
     - Denormals are flushed to zero: ALiBi's steep heads push softmax weights into that range, where every
-      exp and GEMM crawls. The setting is per thread and inherited, hence before torch starts its thread pool.
+      exp and GEMM is slow. The setting is per thread and inherited, hence before torch starts its threads.
     - No more threads than cores that this process may use; fewer, where OMP_NUM_THREADS says so.
     - glibc keeps large blocks instead of returning them to the kernel, which would hand out every activation
       as fresh, unmapped pages again.
@@ -57,10 +57,11 @@ def setup_process() -> None:
 
 
 def release_freed_memory() -> None:
-    """Give the pages of freed blocks back to the system, which `setup_process` lets glibc keep."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    """Return the pages of freed blocks to the system, which `setup_process` lets glibc keep."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def pick_device(name: str) -> "torch.device":
@@ -84,7 +85,7 @@ def pick_dtype(precision: str, device: "torch.device") -> "torch.dtype":
 
 
 def check_memory(what: str, least: int, device: "torch.device") -> None:
-    """Raise `UserError` naming ``what`` if it takes ``least`` bytes and ``device`` has less memory in all."""
+    """Raise `UserError` naming ``what`` if it takes ``least`` bytes and ``device`` has less memory."""
     import torch
 
     if device.type == "cuda":
@@ -103,7 +104,7 @@ def usable_cores() -> int:
 
 
 def _quota(cgroup: Path) -> float:
-    """Cores that the cgroup mounted at this folder may keep busy; inf without a limit."""
+    """CPU quota, in cores, of the cgroup mounted at this folder; inf without a limit."""
     try:  # version 2
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):

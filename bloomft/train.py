@@ -1,7 +1,7 @@
 """Fine-tune BLOOM with LoRA: ``python -m bloomft.train CONFIG [key=value ...]``.
 
-The same command run again goes on from ``last.ckpt``; on the same machine the result is bitwise that of a run
-that was never interrupted.
+The same command, run again, resumes from ``last.ckpt``; on the same machine the result is bitwise
+identical to that of an uninterrupted run.
 """
 
 if __name__ == "__main__":
@@ -12,15 +12,15 @@ if __name__ == "__main__":
     watch_signals()
     share_cores()
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bloomft.accounting import BatchCounts, StepCost, gemm_rate, peak_memory
-from bloomft.command_line import parse_command, run_command
+from bloomft.command_line import CommandParser, parse_command, run_command
 from bloomft.config.keys import Config, TrainConfig
+from bloomft.data.rows import PackedDataset
 from bloomft.errors import EXIT_STOPPED, UserError
 from bloomft.model.base import quiet_transformers
 from bloomft.process import pick_device, setup_process
@@ -54,13 +54,13 @@ class TrainResult:
 def train(config: Config) -> TrainResult:
     """Run the training that ``config`` describes, from the start or from its checkpoint.
 
-    After Ctrl-C or SIGTERM the step or evaluation under way ends, its state is saved and the function
+    After Ctrl-C or SIGTERM the current step or evaluation is finished, the state saved, and the function
     returns; before there is anything to save, `Stopped` is raised at once. Raises `UserError` for whatever
     the user can correct.
     """
     device = pick_device(config.train.device)
     check_early(config)
-    run_dir = Path(config.train.output_dir)
+    run_dir = config.train.run_dir
     with stop_signals() as stop, exclusive_folder(run_dir, anew=config.train.resume == "never") as notes:
         kept = _kept(run_dir / LAST)
         with stop.at_once(f"stopped before training began; {kept}; the same command starts again"):
@@ -79,19 +79,19 @@ def train(config: Config) -> TrainResult:
 
 
 def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | None:
-    """The steps that are left. Returns the held-out loss after the last one, None where there is none."""
-    run, data, settings = job.run, job.data, config.train
+    """The remaining steps. Returns the held-out loss after the last one, None where there is none."""
+    run, rows, heldout, settings = job.run, job.data.train, job.data.heldout, config.train
     total = config.optim.scheduler.num_training_steps
     batch_size, accumulate = settings.batch_size, settings.accumulate_grad_batches
-    if run.step == 0 and run.base_eval_loss is None and data.heldout is not None and not stop:
-        run.base_eval_loss = _evaluate(job, settings, log)
+    if run.step == 0 and run.base_eval_loss is None and heldout is not None and not stop:
+        run.base_eval_loss = _evaluate(job, heldout, settings, log)
         log.message(f"held-out loss of the base: {run.base_eval_loss:.4f}")
         log.board(0, eval_loss=run.base_eval_loss)
     cost, limit = StepCost.of(run.model), gemm_rate(run.model.device, run.model.dtype)
     eval_loss = None
     run.begin(batch_size * config.data.max_length)
     while run.step < total and not stop:
-        batches = [data.train.batch(run.position + i * batch_size, batch_size) for i in range(accumulate)]
+        batches = [rows.batch(run.position + i * batch_size, batch_size) for i in range(accumulate)]
         counts = sum((BatchCounts.of(batch) for batch in batches), BatchCounts())
         for batch in batches:
             run.micro_batch(batch, counts.labels)
@@ -102,8 +102,8 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
         log.advance(run.step)
 
         ends = run.step == total
-        evaluates = data.heldout is not None and (ends or _is_due(settings.eval_every_n_steps, run.step))
-        if evaluates or ends or _is_due(settings.log_every_n_steps, run.step):
+        evaluated = heldout if ends or _is_due(settings.eval_every_n_steps, run.step) else None
+        if evaluated is not None or ends or _is_due(settings.log_every_n_steps, run.step):
             _check_finite(job)
             values = {
                 "loss": run.window.mean_loss(),
@@ -114,8 +114,8 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
             }
             if run.scaler.is_enabled():
                 values["skipped_steps"] = run.skipped
-            if evaluates:
-                values["eval_loss"] = eval_loss = _evaluate(job, settings, log)
+            if evaluated is not None:
+                values["eval_loss"] = eval_loss = _evaluate(job, evaluated, settings, log)
                 run.evaluated(eval_loss)
             log.kernels()
             log.record(run.step, **values)
@@ -126,19 +126,17 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
         _save(job, log, keep=False)
     if run.step < total:
         held = f"{job.last} holds step {job.saved} of {total}"
-        log.message(f"stopped; {held}; the same command goes on from there")
+        log.message(f"stopped; {held}; the same command resumes from there")
         return None
-    if eval_loss is None and data.heldout is not None:
-        eval_loss = _evaluate(job, settings, log)
+    if eval_loss is None and heldout is not None:
+        eval_loss = _evaluate(job, heldout, settings, log)
     log.message(f"{job.last} holds step {job.saved} of {total}")
     return eval_loss
 
 
-def _evaluate(job: Job, settings: TrainConfig, log: RunLog) -> float:
+def _evaluate(job: Job, heldout: PackedDataset, settings: TrainConfig, log: RunLog) -> float:
     with log.evaluation() as progress:
-        return evaluate(
-            job.run.model, job.data.heldout, settings.batch_size, settings.eval_max_batches, progress
-        )
+        return evaluate(job.run.model, heldout, settings.batch_size, settings.eval_max_batches, progress)
 
 
 def _save(job: Job, log: RunLog, *, keep: bool) -> None:
@@ -158,18 +156,18 @@ def _check_finite(job: Job) -> None:
 
 
 def _is_due(every: int, step: int) -> bool:
-    """Whether something done every so many steps (0: never) is done after this step."""
+    """Whether something that is done every so many steps (0: never) is due after this one."""
     return every > 0 and step % every == 0
 
 
 def _kept(last: Path) -> str:
-    """What a run that has not saved anything itself says of its folder."""
+    """The state of the folder of a run that has not saved anything yet itself."""
     return f"{last} is as it was" if last.exists() else "nothing is saved yet"
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG [key=value ...]."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m bloomft.train", usage="%(prog)s CONFIG [key=value ...]", description=__doc__
     )
     parser.add_argument("config", help="the YAML file of the run")

@@ -1,1 +1,1 @@
-"""The ways of others, each written once: tests measure errors against them, benchmarks time them."""
+"""Implementations of others, each written once: tests compare errors with them, benchmarks time them."""

@@ -1,6 +1,6 @@
-"""A whole BLOOM training step as transformers and PEFT make it, and with this project's parts one by one.
+"""A whole BLOOM training step by transformers and PEFT, and with this project's parts added one by one.
 
-Every rival has the same weights, in one memory that all processes share, the same adapters and the same rows.
+Every rival has the same weights, in memory that all processes share, the same adapters and the same rows.
 """
 
 import dataclasses
@@ -163,14 +163,14 @@ RIVALS = {
 
 
 def adapters(model: nn.Module) -> list[Tensor]:
-    """lora_a and lora_b of every layer in turn, whoever made them."""
+    """lora_a and lora_b of every layer in order, PEFT's or ours."""
     if ours := adapted_layers(model):
         return [value for layer in ours.values() for value in (layer.lora_a, layer.lora_b)]
     return [value for name, value in model.named_parameters() if "lora_" in name]
 
 
 def fill_adapters(model: nn.Module) -> list[Tensor]:
-    """`adapters`, set to the same small numbers whoever made them."""
+    """`adapters`, set to the same small numbers for PEFT and ours."""
     generator = torch.Generator().manual_seed(2)
     found = adapters(model)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def make_step(name: str, shape: Shape, weights: Path) -> tuple[Callable[[], Tens
 def exact_results(
     shape: Shape, weights: Path, threads: int, rounded: bool = False
 ) -> tuple[float, list[np.ndarray]]:
-    """Loss and adapter gradients of PEFT's model in float64, but for transformers' float32 softmax.
+    """Loss and adapter gradients of PEFT's model in float64, except for transformers' float32 softmax.
 
     With rounded, every module's result goes through the shape's dtype. The logits are made a few rows at a
     time. For a fresh process.
@@ -216,7 +216,7 @@ def exact_results(
     model.double()
     if rounded:
         round_modules(model, getattr(torch, shape.dtype))
-    # every layer's float64 activations would not fit beside each other
+    # all layers' float64 activations together would not fit into memory
     model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = shape.batch()
     bloom = model.base_model.model
@@ -230,7 +230,7 @@ def gemms(shape: Shape, head: bool = True) -> list[tuple[str, int, int, int, int
     """(name, M, K, N, times) of every product with frozen weights in the step, with or without its head.
 
     A frozen layer has two, y = x·Wᵀ and dx = dy·W; in a whole model the first query_key_value has no dx.
-    Attention's own are `attention_products`; the adapters' are left out: a floor may be low, not high.
+    Attention's products are `attention_products`; the adapters' are left out: a floor may be low, not high.
     """
     M, H, L = shape.tokens, shape.hidden_size, shape.layers
     rows = shape.tokens - max(1, shape.masked)
@@ -249,8 +249,8 @@ def gemms(shape: Shape, head: bool = True) -> list[tuple[str, int, int, int, int
 def attention_products(shape: Shape) -> list[tuple[str, int, int, int, int]]:
     """(name, M, K, N, times) of attention's products, as many FLOPs as half the keys, which causality leaves.
 
-    Six a layer and head: scores and values forward, dP, dV, dK and dQ backward; the scores that a lean
-    backward pass makes again are left out.
+    Six a layer and head: scores and values forward, dP, dV, dK and dQ backward; the scores that a
+    memory-saving backward pass recomputes are left out.
     """
     T, D, times = shape.tokens, shape.hidden_size // shape.heads, shape.layers * shape.heads
     wide = [(name, T, D, T // 2, times) for name in ("scores", "dP")]
@@ -303,11 +303,11 @@ def total_flops(products: list[tuple[str, int, int, int, int]]) -> float:
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory:
-    """A folder for the shared weights, in memory where the system has such a place."""
+    """A folder for the shared weights, in memory if the system has /dev/shm."""
     shared = Path("/dev/shm")
     return tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None)
 
 
 def smaller(shape: Shape, **changes: int) -> Shape:
-    """``shape`` with other sizes."""
+    """``shape`` with some sizes changed."""
     return dataclasses.replace(shape, **changes)

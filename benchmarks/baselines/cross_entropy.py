@@ -21,7 +21,7 @@ def full_logits(
 def row_chunks(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, rows: int = 256
 ) -> torch.Tensor:
-    """The mean loss with `rows` rows of logits at a time, made again in the backward pass by
+    """The mean loss with `rows` rows of logits at a time, recomputed in the backward pass by
     checkpointing."""
     from torch.utils.checkpoint import checkpoint
 

@@ -15,7 +15,7 @@ Layer = tuple[Callable[[Tensor], Tensor], list[Tensor]]
 
 
 def frozen(problem: Case) -> Layer:
-    """The frozen linear alone, by the fastest product that this project knows: the floor."""
+    """The frozen linear alone, by the fastest product that this project has: the floor."""
     return (lambda x: frozen_linear(x, problem.weight, problem.bias)), []
 
 
@@ -76,7 +76,7 @@ def loralib_linear(problem: Case) -> Layer:
 
 
 class _InPlace(torch.autograd.Function):
-    """The vendor's GEMM, then addmm into the same memory, forward and backward; dy·B anew for each use."""
+    """The vendor's GEMM, then addmm into the same memory, forward and backward; dy·B is computed twice."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
@@ -96,7 +96,7 @@ class _InPlace(torch.autograd.Function):
 
 
 def addmm_in_place(problem: Case) -> Layer:
-    """The unfused fast path of LoRA libraries without a GEMM of their own; unsloth publishes this form, which
+    """The unfused fast path of LoRA libraries without their own GEMM; unsloth has this form, which
     is re-implemented here since the package itself runs on a GPU only."""
     lora_a, lora_b = _leaves(problem)
     return (lambda x: _InPlace.apply(x, problem.weight, problem.bias, lora_a, lora_b, problem.scale)), [

@@ -1,6 +1,6 @@
 """A BLOOM in float64 whose modules round their results once: what a dtype costs a whole model at best.
 
-No implementation in that dtype can be expected to be nearer to float64, since each module's result, and its
+No implementation in that dtype can be expected to be closer to float64, since each module's result, and its
 gradient on the way back, has to be stored.
 """
 
@@ -61,7 +61,7 @@ def gradient_bound(exact: Tensor, rounded: Tensor, dtype: torch.dtype, terms: in
 
 
 def loss_bound(exact: float, rounded: float, dtype: torch.dtype, tokens: int, terms: int) -> float:
-    """The largest relative error of a loss over tokens labels: roundings, and the luck of so many draws."""
+    """The largest relative error of a loss over tokens labels: roundings, and chance in their mean."""
     luck = torch.finfo(dtype).eps / math.sqrt(tokens)
     if dtype == torch.float32:
         luck = torch.finfo(dtype).eps * (4 + math.sqrt(terms) / 2)

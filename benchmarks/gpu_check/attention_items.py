@@ -23,14 +23,14 @@ ODD_SHAPES = (
 RESULTS = ("out", "dq", "dk", "dv")
 # 16 bits: the probabilities are rounded as well as the output, and one more step of the gradients is
 ROUNDINGS = (2, 3, 3, 3)
-# the largest absolute value of gradients that are 0, those of a token alone: rounding of sums of about 10
+# the largest absolute value of gradients that are 0, those of a lone token: rounding of sums of about 10
 VANISHED = 1e-5
 # bfloat16, 2,048 tokens: relative error of the worst head
 LARGEST = (2.5e-3, 3.5e-3, 3.5e-3, 3.5e-3)
 
 
 def first() -> list[Item]:
-    """Packed rows of 2,048 tokens, every row with other documents."""
+    """Packed rows of 2,048 tokens, every row with different documents."""
     return [
         Item(f"alibi_attention packed, head dim {d}, bf16", check_packed, {"head_dim": d}) for d in HEAD_DIMS
     ]
@@ -65,14 +65,14 @@ def check_packed(findings: Findings, setting: Setting, head_dim: int) -> None:
     def by_documents(query, key, value):
         return alibi_attention(query, key, value, slopes, document_ids=documents)
 
-    ways = {
+    variants = {
         "mask": by_mask,
         "documents": by_documents,
         "mask, compiled": torch.compile(by_mask),
         "documents, compiled": torch.compile(by_documents),
     }
     bounds = setting.pick(LARGEST, (None,) * 4)
-    for name, function in ways.items():
+    for name, function in variants.items():
         judge(findings, name, results(function, tensors, incoming), exact, torch.bfloat16, bounds)
 
 
@@ -179,11 +179,11 @@ def judge(
     dtype: torch.dtype,
     bounds: tuple[float | None, ...] = (None,) * 4,
 ) -> None:
-    """Each result, its worst head, by the rule or by the bound that is given in its place."""
+    """The worst head of each result, by the rule or by the bound that is given instead."""
     for result, one, right, rounds, bound in zip(RESULTS, got, exact, ROUNDINGS, bounds, strict=False):
         if not right.any():
             largest = float(one.abs().max())
-            findings.require(largest <= VANISHED, f"{name}: {result}: up to {largest:.2g} in place of 0")
+            findings.require(largest <= VANISHED, f"{name}: {result}: up to {largest:.2g} instead of 0")
             continue
         findings.compare_heads(
             f"{name}: {result}", one, right, dtype,

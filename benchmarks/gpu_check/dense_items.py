@@ -34,7 +34,7 @@ def rest() -> list[Item]:
 
 def check_loss(findings: Findings, setting: Setting, dtype: str) -> None:
     """Mean over half of the rows, with the head frozen, as in training, and trained."""
-    # in float64 the head takes 2 GiB, beside other processes
+    # in float64 the head takes 2 GiB, in each of several processes
     rows, width, vocabulary = setting.pick((2048, 1024, VOCABULARY), (24, 32, 4100))
     hidden, weight, labels = make_loss_problem(setting, rows, width, vocabulary, DTYPES[dtype])
     labels[::2] = -100
@@ -51,7 +51,7 @@ def check_loss(findings: Findings, setting: Setting, dtype: str) -> None:
 
 
 def check_odd_loss(findings: Findings, setting: Setting, dtype: str) -> None:
-    """Each implementation itself, every reduction, strides, all rows ignored, autocast."""
+    """Each implementation directly, every reduction, strides, all rows ignored, autocast."""
     sizes = setting.pick(((333, 517, 9001), (1, 64, 50_257)), ((7, 33, 901), (1, 16, 130)))
     for rows, width, vocabulary in sizes:
         hidden, weight, labels = make_loss_problem(setting, rows, width, vocabulary, DTYPES[dtype])
@@ -120,7 +120,7 @@ def check_frozen(findings: Findings, setting: Setting, dtype: str) -> None:
 def make_loss_problem(
     setting: Setting, rows: int, width: int, vocabulary: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight and labels; logits are spread by about 2."""
+    """hidden, weight and labels; the logits have a standard deviation of about 2."""
     generator = torch.Generator(setting.device).manual_seed(rows + width)
     options = {"generator": generator, "device": setting.device}
     hidden = (2 * torch.randn(rows, width, **options)).to(dtype)
@@ -146,7 +146,7 @@ def exact_loss(hidden: Tensor, weight: Tensor, labels: Tensor, incoming: Tensor)
 
 
 def triton_loss() -> ModuleType:
-    """The implementation in Triton; imported late, since the interpreter must be chosen before."""
+    """The implementation in Triton; imported late, since the interpreter must be selected first."""
     from lorakernels.ops.linear_cross_entropy import triton
 
     return triton

@@ -1,4 +1,4 @@
-"""What an item finds: each error beside its bound, and a line for each thing that is wrong."""
+"""What an item finds: each error with its bound, and a line for each thing that is wrong."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ class Findings:
 
     Attributes:
         figures: {result, error, bound} of each comparison with float64.
-        notes: facts that a reader wants beside them, such as what "auto" chose.
+        notes: further facts for the reader, such as what "auto" chose.
         faults: one line for each thing that is wrong.
     """
 
@@ -32,9 +32,9 @@ class Findings:
         at_most: float | None = None,
         **rule,
     ) -> None:
-        """Hold got, of dtype, against exact in float64, by the rule of `tolerance` or by at_most."""
+        """Compare got, of dtype, with exact in float64, by the rule of `tolerance` or by at_most."""
         if got.dtype != dtype:
-            self.faults.append(f"{result}: {got.dtype} in place of {dtype}")
+            self.faults.append(f"{result}: {got.dtype} instead of {dtype}")
         bound = largest_error(exact, dtype, **rule) if at_most is None else at_most
         self._judge(result, relative_error(got, exact), bound)
 

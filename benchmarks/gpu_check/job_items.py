@@ -22,7 +22,7 @@ from bloomft.model.tiny_base import TinyRecipe, tiny_base_folder
 from bloomft.run.checkpoint import load_checkpoint
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WAYS = (("bf16", True), ("bf16", False), ("fp16", False), ("fp32", False))
+RUNS = (("bf16", True), ("bf16", False), ("fp16", False), ("fp32", False))
 STEPS, SAVED, KILLED = 40, 10, 20
 SCALE = 2.0
 # of metrics.jsonl, what depends on time and memory
@@ -30,7 +30,7 @@ _MEASURED = {"tokens_per_second", "mfu", "peak_memory_gib"}
 
 
 def first() -> list[Item]:
-    """Packed training in each precision, compiled too; the slowest in front."""
+    """Packed training in each precision, compiled too; the slowest first."""
     return [
         Item(
             f"training {precision}{', compiled' if compiled else ''}",
@@ -38,7 +38,7 @@ def first() -> list[Item]:
             {"precision": precision, "compiled": compiled},
             limit=220.0,
         )
-        for precision, compiled in WAYS
+        for precision, compiled in RUNS
     ]
 
 
@@ -48,14 +48,14 @@ def rest() -> list[Item]:
 
 
 def check_job(findings: Findings, setting: Setting, precision: str, compiled: bool) -> None:
-    """A run without interruption, one that SIGKILL ends and that goes on, and what becomes of the result."""
+    """An uninterrupted run, one that is killed by SIGKILL and resumed, and exports of the result."""
     folder = setting.scratch / f"training-{precision}-{compiled}"
     whole, killed = folder / "whole", folder / "killed"
     killed.mkdir(parents=True)
     base = make_base(setting, folder, PRECISIONS[precision])
     config = write_config(setting, folder, base, precision, compiled)
     finish(findings, train_command(config, whole))
-    # It holds the choices between implementations too: others are as right, but give other bits.
+    # It also holds the choices between implementations: others are as right, but differ in bits.
     shutil.copy(whole / f"step-{SAVED}.ckpt", killed / "last.ckpt")
     kill(train_command(config, killed), killed / "metrics.jsonl", KILLED - SAVED)
     finish(findings, train_command(config, killed))
@@ -64,10 +64,10 @@ def check_job(findings: Findings, setting: Setting, precision: str, compiled: bo
 
 
 def make_base(setting: Setting, folder: Path, dtype: torch.dtype) -> Path:
-    """The embedded base, hardly pre-trained, stored in dtype as published ones are in 16 bits."""
+    """The embedded base, barely pre-trained, stored in dtype as published ones are in 16 bits."""
     small = {"vocab_size": 384, "hidden_size": 64, "n_layer": 2, "n_head": 4, "sequence_length": 32}
     recipe = TinyRecipe(steps=2, **setting.pick({}, small))
-    # made once, by whichever process comes first
+    # built once, by whichever process comes first
     with (setting.scratch / "base.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shared = tiny_base_folder(recipe, cache_dir=setting.scratch)
@@ -109,7 +109,7 @@ def write_config(setting: Setting, folder: Path, base: Path, precision: str, com
 
 
 def train_command(config: Path, run_dir: Path) -> list[str]:
-    """The command line that trains, or goes on, in run_dir."""
+    """The command line that trains or resumes in run_dir."""
     return [sys.executable, "-m", "bloomft.train", str(config), f"train.output_dir={run_dir}"]
 
 
@@ -122,7 +122,7 @@ def finish(findings: Findings, command: list[str]) -> None:
 
 
 def kill(command: list[str], metrics: Path, lines: int) -> None:
-    """Start the command and end it with SIGKILL once so many lines of metrics are written."""
+    """Start the command and end it with SIGKILL once ``lines`` lines of metrics are written."""
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
             if process.poll() is not None:
@@ -132,7 +132,7 @@ def kill(command: list[str], metrics: Path, lines: int) -> None:
 
 
 def compare_runs(findings: Findings, whole: Path, killed: Path) -> None:
-    """Same adapters and optimizer in the last checkpoint, same losses on the way, all of them finite."""
+    """Same adapters and optimizer in the last checkpoint, same losses before it, all of them finite."""
     expected, actual = (load_checkpoint(folder / "last.ckpt") for folder in (whole, killed))
     findings.require(actual.step == expected.step == STEPS, f"steps {actual.step} and {expected.step}")
     for name, value in expected.adapters.items():

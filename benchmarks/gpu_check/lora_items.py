@@ -55,7 +55,7 @@ def rest() -> list[Item]:
 
 
 def check_main_shape(findings: Findings, setting: Setting, model: str, dtype: str) -> None:
-    """Each implementation by its name, at the ranks that people use."""
+    """Each implementation by its name, at common ranks."""
     for rank in RANKS:
         with precision(dtype):
             problem = main_problem(setting, model, DTYPES[dtype], rank)
@@ -66,7 +66,7 @@ def check_main_shape(findings: Findings, setting: Setting, model: str, dtype: st
 
 
 def check_auto(findings: Findings, setting: Setting, model: str, dtype: str) -> None:
-    """What is chosen is right, no implementation is rejected and nobody is warned."""
+    """What is chosen is right, no implementation is rejected and no warning is given."""
     for rank in RANKS:
         dispatch.forget()
         with precision(dtype), warnings.catch_warnings(record=True) as caught:
@@ -102,7 +102,7 @@ def check_ragged(findings: Findings, setting: Setting, dtype: str) -> None:
 
 
 def check_dropout(findings: Findings, setting: Setting, dtype: str) -> None:
-    """One mask for forward and backward, of the right density, followed by torch's generator."""
+    """One mask for forward and backward, of the right density, which follows torch's generator."""
     m, k, n = setting.pick((2048, 1024, 1536), (48, 80, 33))
     with precision(dtype):
         problem = make_problem(setting, m, k, n, 8, DTYPES[dtype], torch.float32)
@@ -141,11 +141,11 @@ def check_module(findings: Findings, setting: Setting, dtype: str) -> None:
             sparse = torch.zeros_like(problem.lora_b).index_copy_(0, rows, problem.lora_b[rows])
             exact = exact_results(replace(problem, lora_b=sparse))
             exact[3] = exact[3][rows]
-            ways = {"eager": layer}
+            variants = {"eager": layer}
             if dtype == "bf16":
-                ways["compiled"] = torch.compile(layer)
-            for way, function in ways.items():
-                name = f"{way}, {'all rows' if parts is None else 'parts q and v'}"
+                variants["compiled"] = torch.compile(layer)
+            for variant, function in variants.items():
+                name = f"{variant}, {'all rows' if parts is None else 'parts q and v'}"
                 x = problem.x.clone().requires_grad_()
                 y = function(x)
                 got = [y.detach(), *torch.autograd.grad(y, [x, layer.lora_a, layer.lora_b], problem.dy)]
@@ -183,7 +183,7 @@ def make_problem(
 def main_problem(setting: Setting, model: str, dtype: torch.dtype, rank: int) -> Case:
     """A shape of `MAIN`, or one like it for the rehearsal."""
     m, k, n = MAIN[model]
-    # the first of the rehearsal's is just large enough for a choice between implementations
+    # the first one of the rehearsal is just large enough for a choice between implementations
     m, k, n = setting.pick((m, k, n), (m // 32, k // 16, n // 24))
     return make_problem(setting, m, k, n, rank, dtype, torch.float32)
 
@@ -253,7 +253,7 @@ def judge(
 
 
 def roundings(implementation: str) -> int:
-    """How often the result of an implementation is rounded to 16 bits on its way, as it declares."""
+    """How often the result of an implementation is rounded to 16 bits, as it declares."""
     offered = (
         implementations.REFERENCE,
         implementations.ATEN,
@@ -265,7 +265,7 @@ def roundings(implementation: str) -> int:
 
 
 def named(x: Tensor, dropout_p: float = 0.0) -> list[str]:
-    """Every implementation that can be asked for by name, Triton's in each tile."""
+    """Every implementation that can be asked for by name, Triton's for each tile."""
     tiles = implementations.triton_implementations(x, dropout_p)
     return ["reference", "aten", *(one.name for one in tiles)]
 

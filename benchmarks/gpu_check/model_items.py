@@ -1,4 +1,4 @@
-"""Patched BLOOM models against transformers' own in float64, which is given each document alone."""
+"""Patched BLOOM models against transformers' own in float64, which gets each document alone."""
 
 import copy
 
@@ -25,8 +25,8 @@ HEADS, LAYERS = 8, 2
 def first() -> list[Item]:
     """The main job's model: packed rows in bfloat16, eager and compiled."""
     return [
-        Item(f"model {way}, bf16", check_model, {"dtype": "bf16", "compiled": way == "compiled"})
-        for way in ("compiled", "eager")
+        Item(f"model {mode}, bf16", check_model, {"dtype": "bf16", "compiled": mode == "compiled"})
+        for mode in ("compiled", "eager")
     ]
 
 
@@ -154,7 +154,7 @@ def exact_step(
 def rounding_bounds(
     exact: list[Tensor], rounded: list[Tensor], base: BloomForCausalLM, labels: int
 ) -> list[float]:
-    """What may be off at most in the loss, each gradient and the logits, by `baselines.rounded_model`."""
+    """The largest errors of the loss, each gradient and the logits, by `baselines.rounded_model`."""
     terms = max(4 * base.config.hidden_size, base.config.vocab_size)
     loss = loss_bound(exact[0].item(), rounded[0].item(), base.dtype, labels, terms)
     pairs = zip(exact[1:], rounded[1:], strict=True)

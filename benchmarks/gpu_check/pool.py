@@ -1,6 +1,6 @@
-"""Items in worker processes, so that a fault of one (a crash, a hang, a broken CUDA context) stays with it.
+"""Items in worker processes, to isolate the faults of one: a crash, a hang, a broken CUDA context.
 
-A worker is a freshly spawned process with a process group of its own. It serves items until one does not
+A worker is a newly spawned process with its own process group. It serves items until one does not
 pass; then it is killed, with whatever it has started, and a fresh one takes the next item.
 """
 
@@ -107,13 +107,13 @@ class _Worker:
             self._log = Path(log.name)
         self._process = context.Process(target=_serve, args=(theirs, setting, self._log))
         self._process.start()
-        # or the end of the process would not show as the end of the pipe
+        # or the end of the process would not close the pipe
         theirs.close()
 
     def begin(self, item: Item) -> None:
         self.item, self._start = item, time.monotonic()
         self.limit = self._start + self._patience * item.limit
-        # a process that has died in the meantime is told by outcome()
+        # a process that has died in the meantime is reported by outcome()
         with contextlib.suppress(OSError):
             self.pipe.send(item)
 
@@ -132,7 +132,7 @@ class _Worker:
         return None
 
     def dismiss(self) -> None:
-        """Let an idle process come to its own end, which leaves no warning about what it held."""
+        """Let an idle process exit by itself, which avoids warnings about what it held."""
         self.pipe.close()
         self._process.join(timeout=5.0)
 
@@ -164,7 +164,7 @@ def _serve(pipe: connection.Connection, setting: Setting, log: Path) -> None:
     # before Triton is imported, and for the processes that an item starts
     os.environ["TRITON_INTERPRET"] = "1" if setting.device == "cpu" else "0"
     os.environ["OMP_NUM_THREADS"] = "1"
-    # or every worker would start a pool of compiling processes of its own
+    # or every worker would start its own pool of compiling processes
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["LORAKERNELS_CACHE_DIR"] = str(log.with_suffix(".choices"))
     os.environ.pop("LORAKERNELS_BACKEND", None)

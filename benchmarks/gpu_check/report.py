@@ -1,4 +1,4 @@
-"""correctness.json, rewritten after each item, and the lines that tell a person the same."""
+"""correctness.json, rewritten after each item, and the same as lines of text."""
 
 import contextlib
 import importlib.metadata
@@ -33,7 +33,7 @@ class Report:
         print(f"[{done}/{len(self._outcomes)}] {self._line(item.name)}", flush=True)
 
     def print_all(self) -> None:
-        """One line an item, what is wrong below it, and a summary."""
+        """One line per item, what is wrong below it, and a summary."""
         for name, outcome in self._outcomes.items():
             print(self._line(name))
             if outcome["status"] != PASS:

@@ -27,7 +27,7 @@ TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 def _key(default: Any, doc: str, **bounds: Any) -> Any:
     """A dataclass field with its documentation and bounds.
 
-    Bounds are at_least, above, at_most, below, nonzero, length and choices; a list's hold for its items.
+    Bounds are at_least, above, at_most, below, nonzero, length and choices; a list's apply to its items.
     """
     metadata = {"doc": doc, **bounds}
     if isinstance(default, list | dict):
@@ -58,10 +58,15 @@ class DataConfig:
     )
     cache_dir: str | None = _key(None, "folder of token caches; default `$XDG_CACHE_HOME/bloomft`")
 
+    @property
+    def token_cache_dir(self) -> Path:
+        """``cache_dir`` of a loaded configuration."""
+        return _filled_in(self.cache_dir)
+
 
 @dataclass
 class TransformerConfig:
-    """The base model; the optional keys go to `from_pretrained` as they are."""
+    """The base model; the optional keys go to `from_pretrained` unchanged."""
 
     pretrained_model_name_or_path: str = _key(
         dataclasses.MISSING, "hub name or folder of a BLOOM model; `builtin:tiny` needs no network"
@@ -130,7 +135,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     batch_size: int = _key(dataclasses.MISSING, "rows in a micro-batch, per process", at_least=1)
     accumulate_grad_batches: int = _key(1, "micro-batches in an optimizer step", at_least=1)
@@ -164,6 +169,11 @@ class TrainConfig:
     output_dir: str | None = _key(None, "folder of this run; default `runs/<stem of the config file>`")
     logger: str = _key("none", "beside metrics.jsonl", choices=("none", "wandb", "tensorboard"))
 
+    @property
+    def run_dir(self) -> Path:
+        """``output_dir`` of a loaded configuration."""
+        return _filled_in(self.output_dir)
+
 
 @dataclass
 class Config:
@@ -175,11 +185,17 @@ class Config:
     train: TrainConfig
 
 
+def _filled_in(folder: str | None) -> Path:
+    if folder is None:
+        raise ValueError("this folder has no value before load_config has filled it in")
+    return Path(folder)
+
+
 def filename_patterns(config: DataConfig) -> list[str]:
     """``data.filenames`` as a list."""
     return [config.filenames] if isinstance(config.filenames, str) else list(config.filenames)
 
 
 def default_cache_dir() -> Path:
-    """Home of token caches and the embedded base: ``$XDG_CACHE_HOME/bloomft`` or ``~/.cache/bloomft``."""
+    """Folder of token caches and the embedded base: ``$XDG_CACHE_HOME/bloomft`` or ``~/.cache/bloomft``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bloomft"

@@ -1,7 +1,7 @@
 """A YAML file and ``key=value`` overrides to a checked `Config`, and back to YAML.
 
-Whatever is wrong with them ends in one `UserError` that names the key, the line, what is allowed and, for an
-unknown key, the nearest known.
+A fault in either raises one `UserError` that names the key, the line, what is allowed and, for an unknown
+key, the closest known one.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from bloomft.config.schema import (
     is_allowed,
     known_keys,
     leaves,
+    node_type,
     not_allowed,
     type_of_key,
 )
@@ -37,10 +38,10 @@ from bloomft.errors import UserError
 LARGEST_FILE = 2**18  # bytes; YAML of this size takes about two seconds to read
 
 
-def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``overrides`` (``a.b.c=value``), check everything.
 
-    ``train.output_dir`` and ``data.cache_dir`` come back filled in. The hub's access token is taken out of
+    ``train.output_dir`` and ``data.cache_dir`` are filled in. The hub's access token is removed from
     ``sys.argv``, which loggers record. Raises `UserError` with the key's full path, its line in the file (or
     "command line"), what is allowed and a suggestion for an unknown key.
     """
@@ -66,7 +67,7 @@ def _resolve(path: Path, overrides: Sequence[str]) -> Config:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot read the configuration: {reason}") from error
     if len(content) > LARGEST_FILE:
-        raise UserError(f"{path}: no configuration is larger than {LARGEST_FILE} bytes")
+        raise UserError(f"{path}: larger than {LARGEST_FILE} bytes, the limit for a configuration")
     origin = Origin(path)
     try:
         written = read_yaml(text, origin.note_line)
@@ -100,7 +101,7 @@ def _resolve(path: Path, overrides: Sequence[str]) -> Config:
 
 
 def _typed(written: dict[str, Any], node: type, prefix: str, origin: Origin) -> dict[str, Any]:
-    """What was written below a node, every value in the type of its key; `UserError` where that fails."""
+    """What was written below a node, converted to the types of the keys; `UserError` where that fails."""
     names = fields_of(node)
     values = {}
     for name, value in written.items():
@@ -111,16 +112,16 @@ def _typed(written: dict[str, Any], node: type, prefix: str, origin: Origin) -> 
             guess = f"{prefix}{close[0]}" if close else (elsewhere[0] if elsewhere else "")
             hint = f"; did you mean {guess}?" if guess else ""
             raise UserError(f"{origin(key)}: unknown key{hint} (allowed here: {', '.join(names)})")
-        kind = names[name].type
-        if not dataclasses.is_dataclass(kind):
+        below = node_type(names[name])
+        if below is None:
             try:
-                values[name] = to_type(value, kind, key)
+                values[name] = to_type(value, names[name].type, key)
             except WrongTypeError as error:
                 raise UserError(f"{origin(error.key)}: {not_allowed(error.key, error.value)}") from error
         elif isinstance(value, dict):
-            values[name] = _typed(value, kind, f"{key}.", origin)
+            values[name] = _typed(value, below, f"{key}.", origin)
         else:
-            raise UserError(f"{origin(key)}: expected the keys {', '.join(fields_of(kind))} below it")
+            raise UserError(f"{origin(key)}: expected the keys {', '.join(fields_of(below))} below it")
     return values
 
 
@@ -140,14 +141,14 @@ def _update(values: dict[str, Any], later: dict[str, Any]) -> None:
 
 def _missing(values: dict[str, Any], node: type, prefix: str = "") -> Iterator[str]:
     for name, spec in fields_of(node).items():
-        if dataclasses.is_dataclass(spec.type):
-            yield from _missing(values.get(name, {}), spec.type, f"{prefix}{name}.")
+        if below := node_type(spec):
+            yield from _missing(values.get(name, {}), below, f"{prefix}{name}.")
         elif name not in values and spec.default is spec.default_factory is dataclasses.MISSING:
             yield f"{prefix}{name}"
 
 
 def _made(values: dict[str, Any], node: type) -> Any:
-    nodes = {name: spec.type for name, spec in fields_of(node).items() if dataclasses.is_dataclass(spec.type)}
+    nodes = {name: below for name, spec in fields_of(node).items() if (below := node_type(spec))}
     return node(**values | {name: _made(values.get(name, {}), kind) for name, kind in nodes.items()})
 
 
@@ -159,7 +160,7 @@ def plain_values(config: Config) -> dict[str, Any]:
 
 
 def config_to_yaml(config: Config) -> str:
-    """`plain_values` as YAML that `load_config` takes back."""
+    """`plain_values` as YAML that `load_config` reads back."""
     return to_yaml(plain_values(config))
 
 
@@ -172,7 +173,7 @@ def _check_together(config: Config, origin: Origin) -> None:
         )
     if config.train.output_dir and Path(config.train.output_dir).resolve() == Path("/"):
         raise UserError(
-            f"{origin('train.output_dir')}: {config.train.output_dir} is no folder for a run alone"
+            f"{origin('train.output_dir')}: {config.train.output_dir} is not a folder for a single run"
         )
     if schedule.num_warmup_steps > schedule.num_training_steps:
         raise UserError(

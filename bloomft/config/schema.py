@@ -1,4 +1,4 @@
-"""What the declarations of the keys say: types, bounds, and both in words.
+"""Types and bounds of the keys, from their declarations, and both in words.
 
 ``python -m bloomft.config`` prints the reference table of the README.
 """
@@ -27,21 +27,26 @@ def reference_table() -> str:
     return "\n".join(rows)
 
 
-def fields_of(node: type) -> dict[str, dataclasses.Field]:
+def fields_of(node: type) -> dict[str, dataclasses.Field[Any]]:
     """Name to field of every key or node below ``node``, one of the dataclasses of `keys`."""
     return {spec.name: spec for spec in dataclasses.fields(node)}
+
+
+def node_type(spec: dataclasses.Field[Any]) -> type | None:
+    """The dataclass that a field holds, if it is a node; None for a key."""
+    return spec.type if isinstance(spec.type, type) and dataclasses.is_dataclass(spec.type) else None
 
 
 def known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
     """The full path of every key below ``node``."""
     for name, spec in fields_of(node).items():
-        if dataclasses.is_dataclass(spec.type):
-            yield from known_keys(spec.type, f"{prefix}{name}.")
+        if below := node_type(spec):
+            yield from known_keys(below, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
 
-def field_of(key: str) -> dataclasses.Field:
+def field_of(key: str) -> dataclasses.Field[Any]:
     """The field of a key's full path; ``key[n]`` is the field of the whole list."""
     node: Any = Config
     for name in re.sub(r"\[\d+\]$", "", key).split("."):
@@ -50,7 +55,7 @@ def field_of(key: str) -> dataclasses.Field:
     return spec
 
 
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
     """Full path, field and value of every key below ``node``, an instance."""
     for name, spec in fields_of(type(node)).items():
         value = getattr(node, name)
@@ -60,14 +65,14 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
             yield f"{prefix}{name}", spec, value
 
 
-def is_allowed(spec: dataclasses.Field, value: Any) -> bool:
-    """Whether ``value`` is within the bounds of its field; its type was settled before."""
+def is_allowed(spec: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether ``value`` is within the bounds of its field; its type has been checked before."""
     rules = spec.metadata
     items = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
     if not all(_is_plain(item) for item in items) or value == []:
         return False
     if value is None:
-        return True  # what a key without a default may not be, its type has refused before
+        return True  # a key that cannot be null has been refused before, by its type
     if "choices" in rules:
         known = [(type(choice), choice) for choice in rules["choices"]]
         return len(set(items)) == len(items) and all((type(item), item) in known for item in items)
@@ -88,7 +93,7 @@ def is_allowed(spec: dataclasses.Field, value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether ``value`` is null, a boolean, a finite number of 64 bits, or text that a file can hold."""
+    """Whether ``value`` is null, a boolean, a finite 64-bit number, or non-empty UTF-8 text without NUL."""
     if isinstance(value, str):
         try:
             return value.encode() != b"" and "\0" not in value
@@ -99,11 +104,11 @@ def _is_plain(value: Any) -> bool:
     return value is None or (isinstance(value, int) and abs(value) < 2**63)
 
 
-def _bounds_text(spec: dataclasses.Field) -> str:
+def _bounds_text(spec: dataclasses.Field[Any]) -> str:
     rules = spec.metadata
     if "choices" in rules:
         return ", ".join(shown(choice) for choice in rules["choices"])
-    words = {
+    words: dict[object, str] = {
         int: "integer",
         float: "number",
         bool: "true or false",
@@ -111,11 +116,11 @@ def _bounds_text(spec: dataclasses.Field) -> str:
         list[str]: "a list of texts",
         list[float]: f"{rules.get('length', 'some')} numbers",
     }
-    options = typing.get_args(spec.type) if isinstance(spec.type, types.UnionType) else (spec.type,)
-    options = [option for option in options if option is not types.NoneType]
+    union = typing.get_args(spec.type) if isinstance(spec.type, types.UnionType) else (spec.type,)
+    options = [option for option in union if option is not types.NoneType]
     text = " or ".join(words.get(option, "a mapping of names to numbers or texts") for option in options)
-    words = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
-    limits = [f"{sign} {_power(rules[name])}" for name, sign in words.items() if name in rules]
+    signs = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
+    limits = [f"{sign} {_power(rules[name])}" for name, sign in signs.items() if name in rules]
     limits += ["≠ 0"] if "nonzero" in rules else []
     return f"{text} {' and '.join(limits)}" if limits else text
 
@@ -125,13 +130,13 @@ def _power(bound: float) -> str:
 
 
 def describe_key(key: str) -> str:
-    """What a key means and what it may be, for a message."""
+    """What a key means and which values it takes, for a message."""
     spec = field_of(key)
     return f"{spec.metadata['doc']} ({_bounds_text(spec)})"
 
 
 def not_allowed(key: str, value: Any) -> str:
-    """Why ``value`` cannot be the key's, and what can."""
+    """Why ``value`` is not allowed for the key, and what is."""
     spec = field_of(key)
     names = [choice for choice in spec.metadata.get("choices", ()) if isinstance(choice, str)]
     match = difflib.get_close_matches(shown(value), names, n=1)
@@ -143,7 +148,7 @@ def type_of_key(key: str) -> Any:
     """The declared type of a key, of a node, or of the values of a mapping; None where there is none."""
     kind: Any = Config
     for name in key.split("."):
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             spec = fields_of(kind).get(name)
             kind = spec and spec.type
         else:

@@ -1,4 +1,4 @@
-"""YAML whose scalars stay the text that was written until the type of their key says what they are.
+"""YAML whose scalars stay text until the type of their key says how to read them.
 
 YAML itself guesses a type from the spelling, so that a revision ``1.10`` becomes a number. Here the declared
 type decides; what is not text follows the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema).
@@ -20,7 +20,7 @@ _FLOAT = re.compile(
 )
 _BOOLEANS = {word: word.lower() == "true" for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
 _NULLS = ("", "~", "null", "Null", "NULL")
-# Of a list on the command line: texts in quotes, which may hold commas, or anything up to the next comma.
+# An item of a list on the command line: quoted text, which may hold commas, or anything up to the next comma.
 _ITEM = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]*?))\s*(?:,|\Z)""")
 
 
@@ -40,15 +40,15 @@ class Origin:
         self._places: dict[str, str] = {}
 
     def note_line(self, key: str, line: int) -> None:
-        """``key`` stands in the file, at this line from 1."""
+        """``key`` is in the file, on this line, counted from 1."""
         self._places[key] = f"{self.path}:{line}"
 
     def note_override(self, key: str) -> None:
-        """``key`` stands on the command line."""
+        """``key`` is on the command line."""
         self._places[key] = "command line"
 
     def __call__(self, key: str) -> str:
-        place = self._places.get(key) or self._places.get(re.sub(r"\[\d+\]$", "", key), self.path)
+        place = self._places.get(key) or self._places.get(re.sub(r"\[\d+\]$", "", key)) or self.path
         return f"{place}: {key}"
 
 
@@ -71,7 +71,7 @@ class WrongTypeError(ValueError):
 def read_yaml(text: str, note_line: Callable[[str, int], None] = lambda key, line: None) -> Any:
     """The document in ``text``: mappings and lists as they are, every scalar as a `Scalar`.
 
-    ``note_line`` is told the line, from 1, of every key and list item by its full path. Raises
+    ``note_line`` is called with the line, from 1, of every key and list item by its full path. Raises
     `InvalidYAMLError`, also for anchors, aliases, tags and duplicate keys.
     """
     if found := re.search("[\x85\u2028\u2029]", text):  # YAML 1.1, which PyYAML reads, breaks lines there
@@ -81,7 +81,7 @@ def read_yaml(text: str, note_line: Callable[[str, int], None] = lambda key, lin
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise InvalidYAMLError(error.problem, mark and mark.line + 1) from error
+        raise InvalidYAMLError(error.problem or str(error), mark.line + 1 if mark else None) from error
     except yaml.YAMLError as error:
         raise InvalidYAMLError(" ".join(str(error).split())) from error
     return _tree(node, "", note_line)
@@ -120,7 +120,7 @@ def to_type(value: Any, kind: Any, key: str) -> Any:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """``values`` as YAML that `read_yaml` and `to_type`, and other readers of YAML, take back unchanged."""
+    """``values`` as YAML that `read_yaml` and `to_type`, and other YAML readers, read back unchanged."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
@@ -146,9 +146,9 @@ def shown(value: Any) -> str:
 
 
 class _Loader(yaml.BaseLoader):
-    """Composes nodes without guessing types; every use of a name inside the document is refused."""
+    """Composes nodes without guessing types; anchors, aliases and tags are refused."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor or event.tag:
             problem = "no anchors, aliases or tags here: text that begins with &, * or ! needs quotes"
@@ -157,7 +157,7 @@ class _Loader(yaml.BaseLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts texts in quotes that YAML 1.1, or 1.2's core schema, would take for something else."""
+    """Quotes text that YAML 1.1, or 1.2's core schema, would read as another type."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         style = '"' if not text.isprintable() else "'" if _core_type(text) is not str else None
@@ -191,8 +191,7 @@ def _tree(node: yaml.Node | None, key: str, note_line: Callable[[str, int], None
 
 def _items(text: str) -> list[Scalar]:
     items, at = [], 0
-    while at < len(text):
-        found = _ITEM.match(text, at)
+    while at < len(text) and (found := _ITEM.match(text, at)):
         quoted = next((part for part in found.groups()[:2] if part is not None), None)
         items.append(Scalar(found[3], plain=True) if quoted is None else Scalar(quoted, plain=False))
         at = found.end()
@@ -213,7 +212,7 @@ def _core_type(text: str) -> type:
 
 def _scalar(value: Scalar, options: tuple[Any, ...], key: str) -> Any:
     kind = _core_type(value.text)
-    # Quotes tell text from the rest where a key takes both; a key of numbers takes them in quotes too.
+    # Where a key takes text and other types, quotes mean text; a key of numbers takes quoted ones too.
     if not value.plain and (kind is types.NoneType or str in options):
         kind = str
     if kind is int and int not in options:
@@ -226,11 +225,11 @@ def _scalar(value: Scalar, options: tuple[Any, ...], key: str) -> Any:
         raise WrongTypeError(key, value)
     try:
         return _CONVERSIONS[kind](value.text)
-    except ValueError as error:  # Python bounds the digits of an integer, and no float is hexadecimal
+    except ValueError as error:  # Python limits the digits of an integer, and float reads no hexadecimal
         raise WrongTypeError(key, value) from error
 
 
-_CONVERSIONS = {
+_CONVERSIONS: dict[type, Callable[[str], Any]] = {
     types.NoneType: lambda text: None,
     bool: _BOOLEANS.__getitem__,
     int: lambda text: int(text, 0 if text[:2] in ("0o", "0x") else 10),

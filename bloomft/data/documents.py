@@ -18,7 +18,7 @@ from bloomft.errors import UserError
 
 INSTALLED_READMES = "builtin:installed-readmes"
 MIN_README_CHARACTERS = 200
-# Read as one raw text each, these would teach the model their format.
+# Read as raw text, these would teach the model their file format.
 NOT_TEXT = (".csv", ".tsv", ".json", ".ndjson", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")
 
 _ROW_FORMS = 'expected {"text": "..."} or {"prompt": "...", "response": "..."}'
@@ -26,7 +26,7 @@ _ROW_FORMS = 'expected {"text": "..."} or {"prompt": "...", "response": "..."}'
 
 @dataclass(frozen=True)
 class Document:
-    """One text to learn from; ``prompt`` stands before it, is read by the model and is never a label."""
+    """One training text; ``prompt`` comes before it, is read by the model and is never a label."""
 
     text: str
     prompt: str = ""
@@ -34,7 +34,7 @@ class Document:
 
 @dataclass
 class ReadReport:
-    """What reading found: files opened, documents yielded, and documents left out by reason."""
+    """Counts of files opened, documents yielded, and documents skipped, by reason."""
 
     files: int = 0
     documents: int = 0
@@ -53,7 +53,7 @@ def list_files(patterns: Sequence[str]) -> list[Path]:
     """The files that the glob patterns name, sorted, each file once.
 
     ``~`` and ``**`` are understood; relative patterns start at the current directory. The pattern
-    `INSTALLED_READMES` stands for itself in the result. Raises `UserError` for a pattern that names no file
+    `INSTALLED_READMES` is in the result as it is. Raises `UserError` for a pattern that names no file
     and for a file whose suffix is in `NOT_TEXT`.
     """
     if not patterns:
@@ -71,7 +71,7 @@ def list_files(patterns: Sequence[str]) -> list[Path]:
             why = "matches no file"
             if matches:
                 folders = all(map(os.path.isdir, matches))
-                why = "matches folders only" if folders else f"matches no regular file ({matches[0]} is none)"
+                why = "matches folders only" if folders else f"matches no regular file (found {matches[0]})"
             raise UserError(
                 f"data.filenames: {pattern!r} {why} (searched from {os.getcwd()}); "
                 "correct the pattern, e.g. 'texts/**/*.md'"
@@ -116,7 +116,7 @@ def is_jsonl(file: Path) -> bool:
 
 
 def installed_readmes() -> list[str]:
-    """Long descriptions of the Python distributions installed here, sorted by name, each text once.
+    """Long descriptions of the Python distributions installed here, sorted by name, without duplicates.
 
     Texts under `MIN_README_CHARACTERS` are left out, and so is this package's own, which quotes results of
     training on the others.
@@ -129,9 +129,9 @@ def installed_readmes() -> list[str]:
             continue
         message = HeaderParser().parsestr(metadata or "")
         name = re.sub(r"[-_.]+", "-", message.get("Name", "")).lower()
-        text = message.get_payload()
+        text = str(message.get_payload())  # text already, since only the headers are parsed
         if not text.strip():
-            # Older metadata folds the text into a header: further lines start with 8 blanks, or 7 and a bar.
+            # Older metadata folds the text into a header: further lines start with 8 spaces, or 7 and a bar.
             text = re.sub(r"^(?: {7}\|| {8})", "", message.get("Description", ""), flags=re.MULTILINE)
         if name and name != "bloomft" and len(text.strip()) >= MIN_README_CHARACTERS:
             # The first distribution of a name is the one that an import finds.
@@ -140,7 +140,7 @@ def installed_readmes() -> list[str]:
 
 
 def _read_file(file: Path, report: ReadReport) -> Iterator[Document | None]:
-    """Documents of one file; None stands for one whose bytes are not UTF-8."""
+    """Documents of one file; None for one that is not UTF-8."""
     if str(file) == INSTALLED_READMES:
         for text in installed_readmes():
             report.files += 1
@@ -198,7 +198,7 @@ def _parse_row(line: bytes, where: str) -> Document | None:
         if not isinstance(row[key], str):
             raise UserError(f"{where}: {key!r} is {json.dumps(row[key])[:40]} and not a string; {_ROW_FORMS}")
     document = Document(row["text"]) if "text" in row else Document(row["response"], prompt=row["prompt"])
-    # JSON can escape half of a surrogate pair, which no UTF-8 text can hold.
+    # A JSON escape can be half of a surrogate pair, which UTF-8 cannot encode.
     if b"\\u" in line and not _encodable(document.text + document.prompt):
         return None
     return document

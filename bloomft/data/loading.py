@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -36,7 +35,7 @@ def load_data(settings: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Train
             f"data.max_length is {settings.max_length}, but the tokenizer of the base allows at most "
             f"{tokenizer.model_max_length} tokens"
         )
-    cache = build_token_cache(filename_patterns(settings), tokenizer, Path(settings.cache_dir))
+    cache = build_token_cache(filename_patterns(settings), tokenizer, settings.token_cache_dir)
     contents = cache.contents() if settings.heldout_fraction else np.arange(cache.num_documents)
     split_state = settings.random_state if settings.split_state is None else settings.split_state
     train_ids, heldout_ids = split_documents(contents, settings.heldout_fraction, split_state)
@@ -53,14 +52,14 @@ def load_data(settings: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Train
             random_state=settings.random_state,
         )
 
-    settled: tuple = (
+    settled: tuple[str | int | float, ...] = (
         cache.key,
         settings.max_length,
         settings.packing,
         settings.heldout_fraction,
         settings.random_state,
     )
-    # Only where they move a document, so that checkpoints from before they existed keep their rows.
+    # Only where they change the rows, so that checkpoints from before they existed still match.
     if split_state != settings.random_state:
         settled += (split_state,)
     if len(np.unique(contents)) < len(contents):

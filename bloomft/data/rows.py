@@ -5,16 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from bloomft.batch import IGNORE_INDEX, PADDING_ID, Batch
 from bloomft.data.token_cache import TokenCache
 from bloomft.errors import UserError
 
-IGNORE_INDEX = -100
-PADDING_ID = -1  # document id of padding: a run of its own, which attends to nothing real
-
-# Of an evaluation's batches, as its bound counts them; its real batches may have any size.
+# What the bound of an evaluation counts as one batch; its real batches may have any size.
 EVAL_BATCH_TOKENS = 8192
 
-# What a permutation is drawn for: one of these, so that no two uses share their randomness.
+# The uses of a permutation, part of its seed, so that no two of them share random numbers.
 _SPLIT, _PACKING, _EPOCH, _EVALUATION = range(4)
 
 
@@ -24,9 +22,9 @@ def split_documents(
     """Training and held-out document ids, both sorted [n] int64, chosen by ``random_state`` (>= 0) alone.
 
     ``contents`` [documents] int64 numbers the texts from 0, see `TokenCache.contents`: documents with equal
-    numbers never stand on both sides. ``heldout_fraction`` in [0, 1) is rounded to whole documents: at least
-    one where it is above zero and there are two texts to share, and never all of them. Texts are held out in
-    random order as long as they fit; where none fits, the one with the fewest documents.
+    numbers are always on the same side. ``heldout_fraction`` in [0, 1) is rounded to whole documents: at
+    least one where it is above zero and there are two texts to share, and never all of them. Texts are held
+    out in random order as long as they fit; where none fits, the one with the fewest documents.
     """
     num_documents = len(contents)
     wanted = round(num_documents * heldout_fraction)
@@ -54,10 +52,10 @@ class PackedDataset:
     """Rows of at most ``max_length`` tokens from the documents of ``cache`` that ``document_ids`` [n] names.
 
     A longer document is cut into windows that overlap by one token, so that each of its tokens but the first
-    is a label exactly once. With ``packing``, pieces share rows under ids of their own; without, each piece
-    is a row. A piece that has no label, all of it prompt, is left out. Only a few numbers a piece are in
-    memory; the tokens stay in the cache. ``random_state`` >= 0 decides all order. ``report`` is what reading
-    the files of the whole cache found.
+    is a label exactly once. With ``packing``, pieces share rows, each under its own id; without, each
+    piece is a row. A piece that has no label, all of it prompt, is left out. Only a few numbers per piece are
+    in memory; the tokens stay in the cache. ``random_state`` >= 0 determines every order. ``report`` is that
+    of the whole cache.
 
     The labels are the input ids, not shifted, with -100 for prompt, padding and the first token of a piece,
     which nothing before it predicts: ``labels != -100`` counts exactly what a step learns from.
@@ -92,7 +90,7 @@ class PackedDataset:
                 f"data.filenames: {len(document_ids):,} documents hold nothing to learn: no token follows "
                 "a prompt or another token; name longer texts"
             )
-        # Equal lengths would otherwise meet in the order of the files.
+        # Pieces of equal length would otherwise be packed in the order of the files.
         order = _permutation(len(starts), random_state, _PACKING)
         order = order[np.argsort(-lengths[order], kind="stable")]
         starts, lengths, masked = starts[order], lengths[order], masked[order]
@@ -115,8 +113,8 @@ class PackedDataset:
             return 1 - self.num_tokens / (len(self) * self.max_length)
         return 1 - self.num_tokens / int(self._padded(self._lengths).sum())
 
-    def batch(self, position: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """Rows ``position`` >= 0 and on of an endless run of epochs: to resume, this one number is enough.
+    def batch(self, position: int, batch_size: int) -> Batch:
+        """Rows from ``position`` >= 0 of an endless sequence of epochs; to resume, this number is enough.
 
         Each epoch visits every row once, in an order drawn from ``random_state`` and the epoch alone; a batch
         may span epochs. Returns input_ids [B, T] int64, labels [B, T] int64 and document_ids [B, T] int32,
@@ -125,7 +123,7 @@ class PackedDataset:
         """
         if position < 0:
             raise ValueError(f"position must be at least 0, got {position}")
-        rows = []
+        rows: list[int] = []
         while len(rows) < batch_size:
             epoch, at = divmod(position + len(rows), len(self))
             rows.extend(self._order(epoch)[at : at + batch_size - len(rows)].tolist())
@@ -143,9 +141,7 @@ class PackedDataset:
         fitting = int(np.searchsorted(np.cumsum(tokens), max_batches * EVAL_BATCH_TOKENS, side="right"))
         return np.sort(order[: max(fitting, 1)])
 
-    def eval_batches(
-        self, batch_size: int, max_batches: int | None = None
-    ) -> Iterator[dict[str, torch.Tensor]]:
+    def eval_batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
         """Each of `eval_rows` once, in a fixed order, in batches as `batch` returns them; the last may be
         smaller. Which rows they are does not depend on ``batch_size``."""
         rows = self.eval_rows(max_batches)
@@ -162,7 +158,7 @@ class PackedDataset:
     def _padded(self, lengths: np.ndarray) -> np.ndarray:
         return np.minimum((lengths + 7) // 8 * 8, self.max_length)
 
-    def _collate(self, rows: list[int]) -> dict[str, torch.Tensor]:
+    def _collate(self, rows: list[int]) -> Batch:
         pieces = [range(self._row_offsets[row], self._row_offsets[row + 1]) for row in rows]
         width = self.max_length
         if not self.packing:
@@ -196,7 +192,7 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> np.ndarray:
     space is the least that fits takes space // length pieces before any other row is looked at.
     """
     rows = np.empty(len(lengths), np.int64)
-    # Rows by free space; bit f of ``open_spaces`` tells that some row has f tokens left.
+    # Rows by free space; bit f of ``open_spaces`` is set where some row has f tokens left.
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     open_spaces = 0
     num_rows = placed = 0
@@ -258,6 +254,6 @@ def _cut_windows(
 
 
 def _permutation(size: int, random_state: int, *key: int) -> np.ndarray:
-    """A permutation [size] int64, from raw bits because numpy promises those the same in every version."""
+    """A permutation [size] int64, from raw bits, which numpy keeps the same in every version."""
     generator = np.random.PCG64(np.random.SeedSequence(random_state, spawn_key=key))
     return np.argsort(generator.random_raw(size), kind="stable")

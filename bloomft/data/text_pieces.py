@@ -1,10 +1,10 @@
-"""Long texts in pieces whose tokens, one after another, are those of the whole text."""
+"""Long texts cut into pieces whose tokens, concatenated, are those of the whole text."""
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-# BLOOM's pre-tokenizer keeps these together with blanks beside them.
+# BLOOM's pre-tokenizer keeps these together with adjacent blanks.
 _NO_WORD = r"\s()|\[\].,!?…。，、।۔،"
 _BORDER = re.compile(rf"(?= [^{_NO_WORD}])|(?<=\S\n)(?=[^{_NO_WORD}])")
 
@@ -23,7 +23,7 @@ def added_tokens_for_cutting(tokenizer: dict[str, Any]) -> tuple[str, ...] | Non
     """The ``added_tokens`` that `cut_text` needs; None where texts must stay whole.
 
     ``tokenizer`` is a tokenizer.json. Its texts may be cut where the pre-tokenizer is exactly BLOOM's or
-    GPT-2's, nothing rewrites a text before it, and no added token reaches over blanks.
+    GPT-2's, nothing rewrites a text before it, and no added token spans blanks.
     """
     pre_tokenizer = _without_offsets(tokenizer["pre_tokenizer"])
     if tokenizer["normalizer"] is not None or pre_tokenizer not in _PRE_TOKENIZERS:
@@ -35,11 +35,11 @@ def added_tokens_for_cutting(tokenizer: dict[str, Any]) -> tuple[str, ...] | Non
 
 
 def cut_text(text: str, least: int, added_tokens: tuple[str, ...]) -> Iterator[str]:
-    """Cut ``text`` into pieces of at least ``least`` characters, and the last of what is left.
+    """Cut ``text`` into pieces of at least ``least`` characters, the last one of what remains.
 
     A tokenizer's model never merges across the pre-tokenizer's borders. Both BLOOM's and GPT-2's have one
     before the last blank ahead of a word, whatever comes earlier, and after a line break between a non-blank
-    and a word. A word is no added token there. Where there is no border, the text stays whole.
+    and a word. An added token does not count as a word there. Where there is no border, the text stays whole.
     """
     start = 0
     for border in _borders(text, least, added_tokens):

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT_VERSION = 2
-# At least, where a text may be cut. The pieces of a batch are encoded in parallel, and an encoding takes some
-# hundred bytes a token.
+# Least length of a piece, where a text may be cut. The pieces of a batch are encoded in parallel, and an
+# encoding takes some hundred bytes per token.
 PIECE_CHARACTERS = 1 << 13
 BATCH_CHARACTERS = 1 << 19
 READ_BYTES = 1 << 20
@@ -60,7 +60,7 @@ _META = "meta.json"
 
 @dataclass(frozen=True, eq=False)
 class TokenCache:
-    """Tokenized documents, each of them prompt tokens, text tokens, one end of text.
+    """Tokenized documents, each of them prompt tokens, text tokens, one end-of-text token.
 
     tokens: [num_tokens] uint16 or uint32, all documents one after another; offsets: [num_documents + 1]
     int64, where each begins and the last ends; prompt_lengths: [num_documents] int64, how many of a
@@ -90,11 +90,11 @@ class TokenCache:
         return tokens, int(self.prompt_lengths[index])
 
     def contents(self) -> np.ndarray:
-        """Numbers [num_documents] int64 from 0 up, equal where documents have the same tokens."""
+        """Numbers [num_documents] int64 from 0, equal where documents have the same tokens."""
         numbers: dict[bytes, int] = {}
         result = np.empty(self.num_documents, np.int64)
         for index in range(self.num_documents):
-            digest = hashlib.blake2b(self.document(index)[0], digest_size=16).digest()
+            digest = hashlib.blake2b(self.document(index)[0].data, digest_size=16).digest()
             result[index] = numbers.setdefault(digest, len(numbers))
         return result
 
@@ -105,12 +105,12 @@ def build_token_cache(
     """The tokens of every document that ``patterns`` name, from the cache or tokenized into it now.
 
     ``tokenizer`` must be a fast one with an end-of-text token; nothing in it is changed. A folder appears
-    under its final name only when it is whole and synced, a damaged one is built again, and of several
-    processes that want the same one the first builds it. ``progress`` shows a bar on a terminal and two lines
+    under its final name only when it is complete and synced, a damaged one is rebuilt, and of several
+    processes that need the same one the first builds it. ``progress`` shows a bar on a terminal and two lines
     elsewhere.
 
     Raises `UserError` for what the files hold (see `read_documents`), a file that changes meanwhile, a corpus
-    without any document, an unfit tokenizer, and a folder that cannot be written.
+    without any document, an unsuitable tokenizer, and a folder that cannot be written.
     """
     files = list_files(patterns)
     state = _tokenizer_state(tokenizer)
@@ -144,14 +144,14 @@ def build_token_cache(
 
 
 class _TokenizerState(NamedTuple):
-    """All of a tokenizer that decides tokens."""
+    """Everything in a tokenizer that determines tokens."""
 
-    json: str  # canonical, without the padding and truncation that a call leaves
+    json: str  # canonical, without the padding and truncation that calls leave set
     eos: int
     splits_special_tokens: bool
 
     def backend(self) -> Tokenizer:
-        """A copy of our own: the caller's tokenizer may pad or truncate, and goes on doing so."""
+        """A separate copy: the caller's tokenizer may pad or truncate and stays unchanged."""
         backend = Tokenizer.from_str(self.json)
         backend.encode_special_tokens = self.splits_special_tokens
         return backend
@@ -180,7 +180,7 @@ def _tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> _TokenizerState:
 
 
 def _file_states(files: Sequence[Path]) -> list[Any]:
-    """What tells that a file was written to: identity, size, time; of the installed READMEs their text."""
+    """What changes when a file is written to: identity, size, time; of the installed READMEs their text."""
     states: list[Any] = []
     for file in files:
         if str(file) == INSTALLED_READMES:
@@ -199,7 +199,7 @@ def _status(file: Path) -> os.stat_result:
 
 
 def _content_key(files: Sequence[Path], tokenizer: _TokenizerState) -> str:
-    """Hash of all that decides the tokens: format, tokenizer, and each file's content and kind, in order."""
+    """Hash of what determines the tokens: format, tokenizer, and each file's content and kind, in order."""
     key = hashlib.blake2b(digest_size=16)
     numbers = [
         FORMAT_VERSION,
@@ -235,7 +235,7 @@ def _new_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _exclusive(path: Path, progress: bool) -> Iterator[None]:
-    """Hold the lock file ``path``; without locks go on: the work is done twice, never wrong."""
+    """Hold the lock file ``path``; without lock support go on: the work may be done twice, never wrong."""
     with open(path, "ab") as lock:
         if lock_file(lock, wait=False) is False:
             if progress:
@@ -245,7 +245,7 @@ def _exclusive(path: Path, progress: bool) -> Iterator[None]:
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
-    """Free the space of builds that were killed: unfinished folders whose lock nobody holds."""
+    """Remove what killed builds left: unfinished folders whose lock nobody holds."""
     for leftover in cache_dir.glob("tokens-*.partial-*"):
         with open(cache_dir / f"{leftover.name.partition('.')[0]}.lock", "ab") as lock:
             if lock_file(lock, wait=False):
@@ -269,12 +269,12 @@ class _CacheWriter:
         }
 
     def add_prompt(self, ids: Sequence[int]) -> None:
-        """Append prompt tokens to the document under way."""
+        """Append prompt tokens to the current document."""
         self._add(ids)
         self._prompt_length += len(ids)
 
     def add_text(self, ids: Sequence[int]) -> None:
-        """Append text tokens to the document under way; ends of text wait for what follows them."""
+        """Append text tokens to the current document; ends of text wait until others follow."""
         kept = len(ids)
         while kept and ids[kept - 1] == self._eos:
             kept -= 1
@@ -285,7 +285,7 @@ class _CacheWriter:
         self._held_back += len(ids) - kept
 
     def end_document(self) -> None:
-        """Close the document under way with one end of text, whether its own text ends with one or not."""
+        """Close the current document with one end of text, whether or not its own text ends with one."""
         self._add([self._eos])
         self._held_back = 0
         self._pending["offsets"].append(self.num_tokens)
@@ -298,7 +298,7 @@ class _CacheWriter:
         self.num_tokens += len(ids)
 
     def write(self) -> None:
-        """Move what was added to the files."""
+        """Write what was added to the files."""
         for name, values in self._pending.items():
             data = np.array(values, dtype=self._dtypes[name]).tobytes()
             self._checksums[name] = zlib.crc32(data, self._checksums[name])
@@ -320,14 +320,14 @@ class _CacheWriter:
         }
 
     def close(self) -> None:
-        """Close the files, whole or not."""
+        """Close the files, complete or not."""
         self._stack.close()
 
 
 def _write_cache(
     folder: Path, files: Sequence[Path], total: int, tokenizer: _TokenizerState, progress: bool
 ) -> None:
-    """Tokenize ``files``, ``total`` bytes, into ``folder``, its description last."""
+    """Tokenize ``files``, ``total`` bytes, into ``folder``, the metadata last."""
     backend = tokenizer.backend()
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
     dtype = np.dtype(np.uint16 if max(highest, tokenizer.eos) <= np.iinfo(np.uint16).max else np.uint32)
@@ -403,7 +403,7 @@ def _pieces(document: Document, added_tokens: tuple[str, ...] | None) -> Iterato
 
 
 def _open_cache(folder: Path) -> TokenCache | None:
-    """The cache in ``folder``, or None where it is missing, of another format, cut short or damaged."""
+    """The cache in ``folder``, or None where it is missing, of another format, truncated or damaged."""
     try:
         meta = json.loads((folder / _META).read_text())
         if meta["version"] != FORMAT_VERSION:
@@ -419,7 +419,7 @@ def _open_cache(folder: Path) -> TokenCache | None:
             path = folder / f"{name}.bin"
             if path.stat().st_size != length * dtype.itemsize:
                 return None
-            # The plain base class: slicing a np.memmap costs several times as much.
+            # As the plain base class: slicing an np.memmap costs several times as much.
             arrays[name] = np.memmap(path, dtype=dtype, mode="r", shape=(length,)).view(np.ndarray)
             if _checksum(path) != meta["crc32"][name]:
                 return None
@@ -440,7 +440,7 @@ def _checksum(path: Path) -> int:
 
 
 def _publish(partial: Path, folder: Path) -> TokenCache:
-    """Give the finished folder its name, unless an equal one of another process has it by now."""
+    """Give the finished folder its name, unless another process has published an equal one by now."""
     # Opened before the renaming: a mapping outlives whatever happens to the name.
     ours = _open_cache(partial)
     if ours is None:

@@ -1,1 +1,1 @@
-"""The BLOOM that trains: its base, the fused classes, the adapters and their files."""
+"""The BLOOM to train: its base, the fused classes, the adapters and their files."""

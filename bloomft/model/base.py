@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -18,11 +19,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import cached_file
 
 from bloomft.config.keys import LoraConfig, TransformerConfig, default_cache_dir
 from bloomft.errors import UserError
-from bloomft.model.base_files import INDEX, check_tensors, damaged_file, remembered_fingerprint, weight_files
+from bloomft.model.base_files import (
+    INDEX,
+    base_file,
+    check_tensors,
+    damaged_file,
+    remembered_fingerprint,
+    weight_files,
+)
 from bloomft.model.base_identity import base_identity
 from bloomft.model.patch import patch_bloom
 from bloomft.process import check_memory
@@ -47,7 +54,7 @@ class Base:
 
 
 def load_base(config: TransformerConfig) -> Base:
-    """Load model and tokenizer from the hub, a folder, or the embedded ``builtin:tiny`` (made on first use).
+    """Load model and tokenizer from the hub, a folder, or the embedded ``builtin:tiny`` (built on first use).
 
     The weights keep the dtype they are stored in, whatever config.json says of it, on the CPU; where they are
     stored in several, all get the narrowest that holds each of them exactly, and a line on stderr says so.
@@ -60,26 +67,28 @@ def load_base(config: TransformerConfig) -> Base:
     folder, reading = None, "config.json"
     try:
         with Console(stderr=True).status(f"loading {name}"):
-            folder = Path(cached_file(location, "config.json", **options)).parent
+            folder = base_file(location, "config.json", options).parent
             settings = AutoConfig.from_pretrained(location, **options)
             _check_settings(name, settings, folder)
             reading = "tokenizer.json"
-            tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            _check_tokenizer(name, tokenizer, settings.vocab_size)
+            loaded = AutoTokenizer.from_pretrained(location, **options)
+            tokenizer = _checked_tokenizer(name, loaded, settings.vocab_size)
             reading = INDEX
             files = weight_files(location, options)
             stored = check_tensors(files, settings)
             dtype = functools.reduce(torch.promote_types, stored) if stored else torch.get_default_dtype()
-            model, found = BloomForCausalLM.from_pretrained(
+            pair: tuple[BloomForCausalLM, dict[str, set[str]]]
+            pair = BloomForCausalLM.from_pretrained(  # type: ignore[assignment]  # two with output_loading_info
                 location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
-        for verb, keys in (("lacks", found["missing_keys"]), ("has a foreign", found["unexpected_keys"])):
+            model, found = pair
+        for verb, keys in (("lacks", found["missing_keys"]), ("has an unexpected", found["unexpected_keys"])):
             if keys:
                 where = files[0] if len(files) == 1 else folder / INDEX
                 raise UserError(f"{where}: {verb} {min(keys)} ({len(keys)} such tensors)")
         if len(stored) > 1:
-            *stored, dtype = (str(each).removeprefix("torch.") for each in (*sorted(stored, key=str), dtype))
-            print(f"{name}: stored in {' and '.join(stored)}, loaded in {dtype}", file=sys.stderr)
+            *narrow, wide = (str(each).removeprefix("torch.") for each in (*sorted(stored, key=str), dtype))
+            print(f"{name}: stored in {' and '.join(narrow)}, loaded in {wide}", file=sys.stderr)
         fingerprint = remembered_fingerprint(model, files, default_cache_dir())
     except UserError:
         raise
@@ -88,8 +97,8 @@ def load_base(config: TransformerConfig) -> Base:
     return Base(model, tokenizer, name, location, model.dtype, base_identity(config, fingerprint))
 
 
-def _location(config: TransformerConfig) -> tuple[str, dict]:
-    """What ``from_pretrained`` is given: a folder or a name on the hub, and the options beside it."""
+def _location(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
+    """The arguments of ``from_pretrained``: a folder or a name on the hub, and options."""
     name = config.pretrained_model_name_or_path
     if name == TINY_BASE:
         from bloomft.model.tiny_base import tiny_base_folder
@@ -98,7 +107,7 @@ def _location(config: TransformerConfig) -> tuple[str, dict]:
     location = os.path.expanduser(name)
     keys = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
     options = {key: value for key in keys if (value := getattr(config, key)) is not None}
-    # A path that is not there must not be taken for a hub name.
+    # A missing path must not be taken for a hub name.
     if not os.path.isdir(location) and (location.startswith((".", "/")) or location.count("/") > 1):
         key = "model.transformer.pretrained_model_name_or_path"
         raise UserError(f"{location}: no such folder; {key} names a hub model or a local folder")
@@ -114,21 +123,23 @@ def _check_settings(name: str, settings: PreTrainedConfig, folder: Path) -> None
             f"{folder}: has an adapter beside the base; merge it or move adapter_config.json away"
         )
     if getattr(settings, "quantization_config", None) is not None:
-        raise UserError(f"{path}: quantization_config: a quantised base cannot be fine-tuned here")
+        raise UserError(f"{path}: quantization_config: a quantized base cannot be fine-tuned here")
     sizes = {key: getattr(settings, key) for key in ("vocab_size", "hidden_size", "n_layer", "n_head")}
     for key, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{path}: {key} is {value!r}; expected an integer ≥ 1")
     if settings.hidden_size % settings.n_head:
         raise UserError(
-            f"{path}: hidden_size {settings.hidden_size} is no multiple of n_head {settings.n_head}"
+            f"{path}: hidden_size {settings.hidden_size} is not a multiple of n_head {settings.n_head}"
         )
     if settings.dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise UserError(f"{path}: dtype is {settings.dtype}; expected float16, bfloat16, float32 or float64")
 
 
-def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    if not tokenizer.is_fast:
+def _checked_tokenizer(
+    name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> PreTrainedTokenizerFast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name}: no fast tokenizer (tokenizer.json) among its files")
     highest = max([*tokenizer.get_vocab().values(), *tokenizer.all_special_ids], default=-1)
     if highest < 0:
@@ -138,12 +149,13 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             f"{name}: the tokenizer has token {highest}, the model tokens below {vocab_size}: "
             "they do not belong together"
         )
+    return tokenizer
 
 
 def patch_base(
     base: Base, lora: LoraConfig, device: torch.device, dtype: torch.dtype, tokens: int = 1
 ) -> BloomForCausalLM:
-    """Move the base to ``device`` and ``dtype`` and put fresh adapters in: the model that trains.
+    """Move the base to ``device`` and ``dtype`` and add new adapters: the model to train.
 
     Raises `UserError` where adapters do not fit the model, or where the device has less memory than they and
     the largest activation of ``tokens`` tokens take at the very least.
@@ -157,7 +169,7 @@ def patch_base(
     check_memory(f"model.lora.lora_dim {lora.lora_dim}", 4 * 4 * lora.lora_dim * sum(adapted), device)
     width = 4 * base.model.config.hidden_size
     check_memory(f"train.batch_size x data.max_length ({tokens} tokens)", 2 * width * tokens, device)
-    model = base.model.to(device=device, dtype=dtype)
+    model = base.model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # @wraps(Module.to) adds self
     try:
         return patch_bloom(
             model,

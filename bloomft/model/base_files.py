@@ -1,4 +1,4 @@
-"""The files of a base model: where they are, whether they are whole, and one hash of everything in them."""
+"""The files of a base model: where they are, whether they are complete, and a hash of their content."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,17 +20,17 @@ from bloomft.errors import UserError
 from bloomft.files import make_folder, write_atomically
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Hashing less than this (bytes) takes no longer than looking the result up is worth.
+# Hashing fewer bytes than this is too fast for caching the result to pay off.
 REMEMBERED_FROM = 2**28
 
 # By their names in a safetensors header.
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
-# What changes the model's function beside its tensors.
+# What changes the model's function in addition to its tensors.
 _ARCHITECTURE = ("n_head", "layer_norm_epsilon", "apply_residual_connection_post_layernorm")
 
 
-def weight_files(location: str, options: dict) -> list[Path]:
+def weight_files(location: str, options: dict[str, Any]) -> list[Path]:
     """The ``*.safetensors`` files of a folder or hub model, downloaded if need be.
 
     ``options`` go to the hub. Raises `UserError` for a model that has no such files.
@@ -43,20 +44,30 @@ def weight_files(location: str, options: dict) -> list[Path]:
             "convert them with BloomForCausalLM.from_pretrained(...).save_pretrained(folder)"
         )
     names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [Path(cached_file(location, name, **options)) for name in names]
+    return [base_file(location, name, options) for name in names]
+
+
+def base_file(location: str, name: str, options: dict[str, Any]) -> Path:
+    """One file of a folder or hub model, downloaded if need be; ``options`` go to the hub.
+
+    Raises OSError where it is missing.
+    """
+    if (found := cached_file(location, name, **options)) is None:
+        raise FileNotFoundError(f"{location}: has no {name}")
+    return Path(found)
 
 
 def check_tensors(files: Sequence[Path], config: BloomConfig) -> set[torch.dtype]:
-    """The dtypes that a base's tensors are stored in, whatever ``config`` says; the shapes must be its own.
+    """The dtypes that a base's tensors are stored in, whatever ``config`` says; the shapes must match it.
 
-    Reads headers only. Which tensors are there at all is for the loading to find out. Raises `UserError` for
-    a tensor of another shape or of a dtype that is not in `_DTYPES`.
+    Reads headers only. Missing and unexpected tensors are found when the model is loaded. Raises `UserError`
+    for a tensor of another shape or of a dtype that is not in `_DTYPES`.
     """
     stored = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118, no mapping
+                for name in tensors.keys():  # noqa: SIM118, not a mapping
                     part = tensors.get_slice(name)
                     stored[name.removeprefix("transformer.")] = part.get_shape(), part.get_dtype(), file
         except (OSError, SafetensorError) as error:
@@ -82,7 +93,7 @@ def check_tensors(files: Sequence[Path], config: BloomConfig) -> set[torch.dtype
 
 
 def damaged_file(folder: Path) -> str | None:
-    """The first ``*.json`` in ``folder`` that holds no JSON object, and why; None where all do."""
+    """The first ``*.json`` in ``folder`` that is not a JSON object, and why; None where all are."""
     for path in sorted(folder.glob("*.json")):
         try:
             kind = type(json.loads(path.read_text(encoding="utf-8")))
@@ -94,9 +105,9 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def fingerprint(model: BloomForCausalLM) -> str:
-    """40 hexadecimal digits: a hash of every byte of every parameter, and of what else makes the function.
+    """40 hexadecimal digits: a hash of every byte of every parameter, and of `_ARCHITECTURE`.
 
-    Take it in the stored dtype, before any cast. How the tensors are spread over files does not enter.
+    Take it in the stored dtype, before any cast. It does not depend on how the tensors are spread over files.
     """
     names, parameters = zip(*sorted(model.named_parameters()), strict=True)
     digest = hashlib.blake2b(digest_size=20)
@@ -108,9 +119,9 @@ def fingerprint(model: BloomForCausalLM) -> str:
 
 
 def remembered_fingerprint(model: BloomForCausalLM, files: Sequence[Path], cache_dir: Path) -> str:
-    """`fingerprint`, made once for ``files`` of the same paths, sizes and times and kept in ``cache_dir``.
+    """`fingerprint`, computed once for ``files`` of the same paths, sizes and times, cached in ``cache_dir``.
 
-    ``files`` are what ``model`` was loaded from. A cache that cannot be written is done without.
+    ``files`` are what ``model`` was loaded from. A cache that cannot be written is ignored.
     """
     states = [(str(path.resolve()), path.stat()) for path in files]
     if sum(state.st_size for _, state in states) < REMEMBERED_FROM:
@@ -135,4 +146,4 @@ def remembered_fingerprint(model: BloomForCausalLM, files: Sequence[Path], cache
 
 def _hash(parameter: Tensor) -> bytes:
     content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(content, digest_size=20).digest()
+    return hashlib.blake2b(content.data, digest_size=20).digest()

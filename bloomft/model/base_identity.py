@@ -1,4 +1,4 @@
-"""Which base something was trained on: written beside it, and checked before the two are put together."""
+"""Which base something was trained on: stored with it, and checked before the two are combined."""
 
 import json
 import os
@@ -25,19 +25,19 @@ def check_base(known: Mapping[str, str | None], here: Mapping[str, str | None], 
     """
     if len(known["fingerprint"] or "") != len(here["fingerprint"] or ""):
         raise UserError(
-            f"{path}: knows its base by a sample of the weights only, as earlier versions did; "
+            f"{path}: identifies its base by a sample of the weights only, as earlier versions did; "
             "train.resume=never starts anew"
         )
     if known["fingerprint"] != here["fingerprint"]:
         raise UserError(
-            f"{path}: trained on the base model {_describe(known)}, but {_describe(here)} is another one"
+            f"{path}: trained on the base model {_describe(known)}, but {_describe(here)} is a different one"
         )
 
 
 def check_adapter_base(folder: Path, here: Mapping[str, str | None]) -> str | None:
     """As `check_base` for a folder with an adapter; returns a line to print where the base is not known.
 
-    That is so for adapters that other programs have written.
+    It is not known for adapters written by other programs.
     """
     if (known := _exported_base(folder)) is not None:
         check_base(known, here, folder)
@@ -46,15 +46,15 @@ def check_adapter_base(folder: Path, here: Mapping[str, str | None]) -> str | No
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         said = _describe({"name": config["base_model_name_or_path"], "revision": config.get("revision")})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        said = "a base it does not name"
+        said = "an unnamed base"
     same = f"not checked that {here['name']} has the same weights"
     return f"{folder}: made for {said}, without a fingerprint: {same}"
 
 
 def check_merged_base(folder: Path, transformer: TransformerConfig) -> None:
-    """Raise `UserError` if a folder that export wrote was merged into another base than the configuration's.
+    """Raise `UserError` if a folder that export wrote was merged into a base other than the configuration's.
 
-    By name, revision and subfolder: the weights of the base are not at hand, only the merged ones.
+    By name, revision and subfolder: the weights of the base are not available, only the merged ones.
     """
     known = _exported_base(folder)
     here = base_identity(transformer, "")
@@ -71,7 +71,7 @@ def _exported_base(folder: Path) -> Mapping[str, str | None] | None:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))["base"]
         if not all(isinstance(known[key], str) for key in ("name", "fingerprint")):
-            raise TypeError("name and fingerprint are not both texts")
+            raise TypeError("name and fingerprint are not both strings")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -86,5 +86,6 @@ def _expanded(name: str | None) -> str | None:
 
 def _describe(identity: Mapping[str, str | None]) -> str:
     more = [f"{key} {identity[key]}" for key in ("revision", "subfolder") if identity.get(key)]
-    more += [identity["fingerprint"][:8]] if identity.get("fingerprint") else []
+    if fingerprint := identity.get("fingerprint"):
+        more.append(fingerprint[:8])
     return f"{identity['name']} ({', '.join(more)})" if more else f"{identity['name']}"

@@ -7,12 +7,16 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import (
@@ -45,35 +49,52 @@ from lorakernels import (
     linear_cross_entropy,
 )
 
-# Freed memory goes back once in so many blocks: what a block frees lies between what it saves, in holes that
-# glibc cannot give to aligned tensors of the same size. After every block, fresh pages would cost more.
+# Freed memory is returned after every so many blocks: what a block frees lies between what it saves, in holes
+# that glibc cannot give to aligned tensors of the same size. After every block, fresh pages would cost more.
 RELEASE_EVERY = 8
 
 
 class _FusedInputs(NamedTuple):
-    """Travels in place of transformers' alibi tensor when attention takes the fused path."""
+    """Passed in place of transformers' alibi tensor when attention takes the fused path."""
 
     slopes: Tensor  # [heads] float32
     mask: AttentionMask | None  # of the rows' documents; None for queries that follow cached keys
-    norm_again: Callable[[], Tensor] | None = None  # makes attention's input again; None: it has to be kept
+    recompute_input: Callable[[], Tensor] | None = None  # of attention, in backward; None: saved instead
 
 
 class FusedBloomAttention(BloomAttention):
     """BLOOM's attention through `alibi_attention`; transformers' own path for everything that needs it."""
 
-    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        alibi: Tensor | _FusedInputs,
+        attention_mask: Tensor,
+        layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         """As `BloomAttention.forward`; fused when ``alibi`` is a `_FusedInputs`."""
         if not isinstance(alibi, _FusedInputs):
             return super().forward(
-                hidden_states, residual, alibi, attention_mask, layer_past=layer_past, **kwargs
+                hidden_states,
+                residual,
+                alibi,
+                attention_mask,
+                layer_past,
+                use_cache,
+                output_attentions,
+                **kwargs,
             )
-        with _made_again(hidden_states, alibi.norm_again):
+        with _recomputed(hidden_states, alibi.recompute_input):
             fused = self.query_key_value(hidden_states)
         fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
         # unbind, since its backward writes the three gradients into one tensor, in one pass
         query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
         if layer_past is not None:
-            key, value = layer_past.update(key, value, self.layer_idx)
+            key, value = layer_past.update(key, value, self.layer_idx)  # type: ignore[arg-type]  # never None in a model
         context = alibi_attention(query, key, value, alibi.slopes, mask=alibi.mask)
         context = context.transpose(1, 2).flatten(2)  # [B, T, H]
         output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
@@ -91,15 +112,27 @@ class FusedBloomAttention(BloomAttention):
 
 
 class FusedBloomBlock(BloomBlock):
-    """BLOOM's block; what query_key_value saves of the layer norm before it is made again in backward."""
+    """BLOOM's block; the layer norm before query_key_value is recomputed in backward, not saved."""
 
-    def forward(self, hidden_states, alibi, attention_mask, layer_past=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        alibi: Tensor | _FusedInputs,
+        attention_mask: Tensor,
+        layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         """As `BloomBlock.forward`; fused when ``alibi`` is a `_FusedInputs`."""
         norm = self.input_layernorm
-        # A compiler weighs by itself what to keep.
+        # A compiler decides for itself what to save.
         if isinstance(alibi, _FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
-            alibi = alibi._replace(norm_again=functools.partial(norm.forward, hidden_states))
-        return super().forward(hidden_states, alibi, attention_mask, layer_past=layer_past, **kwargs)
+            alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
+        unread = cast(Tensor, alibi)  # BloomBlock only passes it on to attention
+        return super().forward(
+            hidden_states, unread, attention_mask, layer_past, use_cache, output_attentions, **kwargs
+        )
 
 
 class FusedBloomMLP(BloomMLP):
@@ -127,28 +160,28 @@ class FusedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
-        weight, bias = self.weight, self.bias  # read once, since a parametrization makes it anew each time
+        weight, bias = self.weight, self.bias  # read once, since a parametrization recomputes it each time
         linear = frozen_linear if _is_frozen(weight, bias) else nn.functional.linear
         return linear(x, weight, bias)
 
 
 class FusedBloomModel(BloomModel):
-    """BLOOM's trunk, with documents packed in one row, and the fused attention where it is right."""
+    """BLOOM's trunk, with documents packed in one row, and the fused attention where it is equivalent."""
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
-        input_ids=None,
-        cache=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
+        input_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         document_ids: Tensor | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | BaseModelOutputWithPastAndCrossAttentions:
         """As `BloomModel.forward`, and ``document_ids`` [B, T]: no attention between different ids."""
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -158,7 +191,7 @@ class FusedBloomModel(BloomModel):
         if cached and document_ids is not None:
             raise ValueError("document_ids: packed rows have no key-value cache; pass use_cache=False")
         eager = output_attentions or _has_holes(attention_mask) or not all(map(_takes_fused_inputs, self.h))
-        # in training mode transformers itself decides what becomes of a cache
+        # in training mode transformers itself decides what happens to a cache
         eager = eager or (cached and (self.training or not _only_grows(cache)))
         if eager and document_ids is None:
             return super().forward(
@@ -179,7 +212,9 @@ class FusedBloomModel(BloomModel):
         slopes = alibi_slopes(self.num_heads, device=hidden.device)
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
-        if eager:
+        alibi: Tensor | _FusedInputs
+        mask: Tensor | None
+        if eager and document_ids is not None:  # without document_ids it has returned above
             alibi, mask = document_bias(slopes, document_ids, attention_mask, hidden.dtype)
         else:
             alibi, mask = _FusedInputs(slopes, self._mask(document_ids, hidden, cache)), None
@@ -190,7 +225,7 @@ class FusedBloomModel(BloomModel):
             if index % RELEASE_EVERY == RELEASE_EVERY - 1 and _fragments(hidden):
                 release_freed_memory()
             if block._compiled_call_impl is not None:
-                # Lengths vary from the first call on: one compilation for all, not one for the first.
+                # Lengths are dynamic from the first call on: one compilation for all of them.
                 torch._dynamo.maybe_mark_dynamic(hidden, 1)
             hidden, attention = block(
                 hidden,
@@ -213,13 +248,12 @@ class FusedBloomModel(BloomModel):
             last_hidden_state=hidden, cache=cache, hidden_states=hidden_states, attentions=attentions
         )
 
-    def _mask(
-        self, document_ids: Tensor | None, hidden: Tensor, cache: DynamicCache | None
-    ) -> AttentionMask | None:
+    def _mask(self, document_ids: Tensor | None, hidden: Tensor, cache: Cache | None) -> AttentionMask | None:
         """The mask for all blocks, None for tokens that follow cached ones and see them all."""
         if cache is not None and cache.get_seq_length() > 0:
             return None
-        mask = attention_mask(document_ids, *hidden.shape[:2], hidden.device)
+        batch, length, _ = hidden.shape
+        mask = attention_mask(document_ids, batch, length, hidden.device)
         if self.h[0]._compiled_call_impl is not None:
             for tensor in mask:
                 for dimension in range(1, tensor.ndim):
@@ -231,8 +265,9 @@ class FusedBloomForCausalLM(BloomForCausalLM):
     """BLOOM with the vocabulary loss computed from the hidden states, where that is the loss asked for.
 
     That is transformers' own causal loss, with ``shift_labels``, an integer ``ignore_index`` and
-    ``num_items_in_batch``. Any other keyword, a ``loss_function`` or ``config.loss_type`` of the user's and
-    an ``lm_head`` that is no plain projection take transformers' path: logits, then ``self.loss_function``.
+    ``num_items_in_batch``. Any other keyword, a user's own ``loss_function`` or ``config.loss_type``, and
+    an ``lm_head`` that is not a plain projection take the path of transformers: logits, then
+    ``self.loss_function``.
 
     In training mode with labels the logits of the fused loss are None and never exist; ``skip_logits=False``
     asks for them, ``skip_logits=True`` leaves them out in eval mode too.
@@ -241,24 +276,24 @@ class FusedBloomForCausalLM(BloomForCausalLM):
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
-        input_ids=None,
-        cache=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        logits_to_keep=0,
+        input_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
         skip_logits: bool | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | CausalLMOutputWithCrossAttentions:
         """As `BloomForCausalLM.forward`, and ``document_ids`` [B, T]: packed documents.
 
         Documents do not attend to each other and a document's first label is ignored; ``shift_labels`` are
-        the caller's own and taken as they are.
+        used as they are given.
         """
         outputs = self.transformer(
             input_ids,
@@ -296,29 +331,23 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
         )
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the options of every version of transformers, by name
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         """Write the adapters of a patched model in PEFT's format; without adapters, what transformers writes.
 
         ``PeftModel.from_pretrained(base, save_directory)`` loads them, and with peft installed
         ``from_pretrained(save_directory)`` too, on the base that the model was loaded from. Raises ValueError
-        for options of `PreTrainedModel.save_pretrained` that an adapter cannot follow, `UserError` where
+        for options of `PreTrainedModel.save_pretrained` that do not apply to adapters, `UserError` where
         ``save_directory`` cannot be written.
         """
         if not adapted_layers(self):
-            super().save_pretrained(
-                save_directory,
-                is_main_process=is_main_process,
-                state_dict=state_dict,
-                push_to_hub=push_to_hub,
-                **options,
-            )
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **options)
             return
         if state_dict is not None and holds_adapters(self, state_dict):
             state_dict = None  # Trainer hands over the state of the model that it has compiled
@@ -333,7 +362,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             make_folder(Path(save_directory))
             save_peft_adapter(self, Path(save_directory), self.name_or_path)
 
-    def _fuses_loss(self, options: dict) -> bool:
+    def _fuses_loss(self, options: dict[str, Any]) -> bool:
         """Whether `_loss_from_hidden` is the loss that transformers would compute with ``options``."""
         head = self.lm_head
         return (
@@ -367,31 +396,33 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
-# transformers finds what it knows of a class, and names it in what it saves, by this name.
+# transformers looks the class up by this name, and writes it to the files that it saves.
 FusedBloomForCausalLM.__name__ = BloomForCausalLM.__name__
 
 
 def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str) -> None:
     """Recompute blocks in the backward pass, to save memory; for training with a patched model.
 
-    True keeps each block's input alone. "selective" also keeps what is expensive to make again, the results
-    of the adapted projections and of attention, and recomputes the rest. False keeps everything.
+    True saves each block's input alone. "selective" also saves what is expensive to recompute, the results
+    of the adapted projections and of attention. False saves everything.
     """
     if not mode:
         model.activation_checkpointing_disable()
         return
-    options = {"use_reentrant": False}
+    options: dict[str, object] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
     model.activation_checkpointing_enable(options)
 
 
-def _keep_expensive(_context, operator, *_arguments, **_options) -> CheckpointPolicy:
+def _keep_expensive(
+    _context: SelectiveCheckpointContext, operator: Callable[..., Any], *_arguments: Any, **_options: Any
+) -> CheckpointPolicy:
     kept = (torch.ops.lorakernels.lora_linear_forward.default, torch.ops.lorakernels.alibi_attention.default)
     return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(model: BloomForCausalLM, **options) -> None:
+def compile_blocks(model: BloomForCausalLM, **options: Any) -> None:
     """Compile one block and use it for all layers and lengths; ``options`` are torch.compile's.
 
     The first block is a second compilation, since its input needs no gradient.
@@ -401,7 +432,7 @@ def compile_blocks(model: BloomForCausalLM, **options) -> None:
 
 
 def ignore_first_labels(labels: Tensor, document_ids: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """labels [B, T] with ``ignore_index`` where a document of document_ids [B, T] begins behind another."""
+    """labels [B, T] with ``ignore_index`` where a document of document_ids [B, T] begins after another."""
     begins = document_ids[..., 1:] != document_ids[..., :-1]
     begins = nn.functional.pad(begins, (1, 0), value=False).to(labels.device)
     return labels.masked_fill(begins, ignore_index)
@@ -427,12 +458,14 @@ def _takes_fused_inputs(block: nn.Module) -> bool:
     return isinstance(attention, FusedBloomAttention) and attention.is_fusable()
 
 
-def _made_again(output: Tensor, again: Callable[[], Tensor] | None) -> contextlib.AbstractContextManager:
-    """Where output is saved for a backward pass inside, ``again`` is kept in its place and makes it anew.
+def _recomputed(
+    output: Tensor, recompute: Callable[[], Tensor] | None
+) -> contextlib.AbstractContextManager[object]:
+    """Inside, ``recompute`` is saved for the backward pass in place of ``output``, and computes it there.
 
-    Not under autocast, which would not be there in backward.
+    Not under autocast, which would not be active in backward.
     """
-    if again is None or torch.is_autocast_enabled(output.device.type):
+    if recompute is None or torch.is_autocast_enabled(output.device.type):
         return contextlib.nullcontext()
 
     # weak, since the hooks live as long as what they have packed
@@ -445,16 +478,16 @@ def _made_again(output: Tensor, again: Callable[[], Tensor] | None) -> contextli
         if packed is not None:
             return packed
         with torch.no_grad():
-            return again()
+            return recompute()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
-    """layer's output + residual, in output's memory where that may be.
+    """layer's output + residual, in place where that is safe.
 
-    Not where autocast has made their dtypes differ, and not what others may hold: selective checkpointing
-    keeps what an adapted layer returned, and hooks may keep theirs.
+    Not where autocast has made their dtypes differ, nor where others may hold the output: selective
+    checkpointing saves what an adapted layer returned, and hooks may keep theirs.
     """
     in_place = is_plain(layer, FusedLinear) and output.dtype == residual.dtype
     return output.add_(residual) if in_place else output + residual
@@ -466,13 +499,13 @@ def _fragments(hidden: Tensor) -> bool:
 
 
 def _only_grows(cache: Cache | None) -> bool:
-    """Whether cache is yet to be made, or holds the keys seen so far: not static, sliding or quantized."""
+    """Whether cache does not exist yet, or holds the keys seen so far: not static, sliding or quantized."""
     return cache is None or (
         type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
     )
 
 
-def _has_holes(attention_mask) -> bool:
+def _has_holes(attention_mask: Tensor | None) -> bool:
     if attention_mask is None:
         return False
     return not (

@@ -6,7 +6,6 @@ subclass, and so on down to the attention; the target layers become `LoRALinear`
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +38,14 @@ def patch_bloom(
     loss is computed without logits, see `FusedBloomForCausalLM`. Returns the same model.
 
     A block, an attention or another module that is not exactly BLOOM's class, or whose forward was replaced,
-    keeps its forward; where the fused path would go around it, transformers' own is taken. Hooks run as they
+    keeps its forward; where the fused path would bypass it, transformers' own is taken. Hooks run as they
     do without the patch.
 
     Raises:
         TypeError: not a BloomForCausalLM, or a subclass.
         ValueError: already patched, no linear layer of the blocks is called ``target``, ``parts`` do not fit
             it, ``scale`` is 0, or the model has what an adapter would bypass or freeze: accelerate's hooks,
-            adapters of another library, a target that is no plain linear layer or shares its weight.
+            adapters of another library, a target that is not a plain linear layer or shares its weight.
     """
     if is_patched(model):
         raise ValueError("the model is patched already; call unpatch_bloom(model) first")
@@ -73,8 +72,8 @@ def patch_bloom(
         name: LoRALinear.from_linear(linears[name], r, scale, dropout_p=dropout_p, parts=rows)
         for name in chosen
     }
-    model._patch_record = PatchRecord(
-        tuple(chosen), tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    vars(model)[_TRAINED_BEFORE] = frozenset(
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
     )
     model.requires_grad_(False)
     for name, module in adapted.items():
@@ -92,24 +91,22 @@ def unpatch_bloom(model: BloomForCausalLM, merge: bool = False) -> BloomForCausa
     Without ``merge`` the weights are those of before, bit for bit, and the adapters are gone; with it B·A is
     added in float32, layer by layer, and cast to the weight's dtype. Raises ValueError if it is not patched.
     """
-    if not is_patched(model):
+    if (trained := _trained_before(model)) is None:
         raise ValueError("the model is not patched; call patch_bloom(model) first")
     _restore_classes(model)
-    for name in model._patch_record.layers:
-        layer = model.get_submodule(name)
+    for name, layer in adapted_layers(model).items():
         plain = layer.merged() if merge else _plain_linear(layer)
         plain.train(layer.training)
         model.set_submodule(name, plain)
-    trainable = set(model._patch_record.trainable)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    del model._patch_record
+        parameter.requires_grad_(name in trained)
+    del vars(model)[_TRAINED_BEFORE]
     return model
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch_bloom` was here."""
-    return isinstance(getattr(model, "_patch_record", None), PatchRecord)
+    """Whether ``model`` has been patched by `patch_bloom`."""
+    return _trained_before(model) is not None
 
 
 def fuse_bloom(model: BloomForCausalLM) -> BloomForCausalLM:
@@ -151,15 +148,13 @@ def load_adapter_state(model: BloomForCausalLM, state: dict[str, Tensor]) -> Non
             value.copy_(state[name])
 
 
-@dataclass(frozen=True)
-class PatchRecord:
-    """What `unpatch_bloom` needs: the adapted layers and the parameters that required gradients before."""
-
-    layers: tuple[str, ...]
-    trainable: tuple[str, ...]
-
-
 _PLAIN_CLASSES = {fused: plain for plain, fused in FUSED_CLASSES.items()}
+_TRAINED_BEFORE = "_trained_before_patch"  # an attribute of patched models
+
+
+def _trained_before(model: nn.Module) -> frozenset[str] | None:
+    """Names of the parameters that required gradients before the patch; None for a model without it."""
+    return vars(model).get(_TRAINED_BEFORE)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -173,14 +168,14 @@ def _check_model(model: nn.Module) -> None:
         if method := replaced_method(module):
             raise ValueError(
                 f"{name}: its {method} is not {kind.__name__}'s; a model that accelerate spreads over "
-                "devices or offloads, and one with other methods of its own, cannot be patched"
+                "devices or offloads, and one with replaced methods, cannot be patched"
             )
 
 
 def _refuse_foreign_tensors(model: BloomForCausalLM, targets: Sequence[str]) -> None:
     """Raise ValueError for a tensor of the trunk that BLOOM does not have, which the patch would freeze.
 
-    Also for one of ``targets``, names of linear layers, that does not stand where BLOOM's own stand.
+    Also for one of ``targets``, names of linear layers, that is not in the place of one of BLOOM's own.
     """
     with torch.device("meta"):
         own = {name for name, _ in BloomModel(copy.deepcopy(model.config)).named_parameters()}
@@ -189,13 +184,13 @@ def _refuse_foreign_tensors(model: BloomForCausalLM, targets: Sequence[str]) -> 
     names += [f"{name.removeprefix('transformer.')}.weight" for name in targets]
     if foreign := [name for name in names if name not in own]:
         raise ValueError(
-            f"{foreign[0]} is no tensor of BLOOM's ({len(foreign)} such); merge or remove another library's "
-            "adapters, wrappers and quantized layers first"
+            f"{foreign[0]} is not a tensor of BLOOM's ({len(foreign)} such); merge or remove another "
+            "library's adapters, wrappers and quantized layers first"
         )
 
 
 def _not_adaptable(model: BloomForCausalLM, linear: nn.Linear) -> str | None:
-    """Why a LoRALinear cannot stand in the place of ``linear``; None where it can."""
+    """Why a LoRALinear cannot replace ``linear``; None where it can."""
     if type(linear) not in (nn.Linear, FUSED_CLASSES[nn.Linear]):
         return f"its class is {type(linear).__name__} and not exactly torch.nn.Linear"
     if method := replaced_method(linear):
@@ -203,9 +198,10 @@ def _not_adaptable(model: BloomForCausalLM, linear: nn.Linear) -> str | None:
     if has_hooks(linear):
         return "it has hooks, which would be lost; remove them first"
     for leaf, tensor in linear.named_parameters():
-        if is_traceable_wrapper_subclass(tensor) or not tensor.is_floating_point():
+        is_wrapper = is_traceable_wrapper_subclass(tensor)
+        if is_wrapper or not tensor.is_floating_point():
             return (
-                f"its {leaf} is a {type(tensor).__name__} of {tensor.dtype}, no plain floating-point tensor"
+                f"its {leaf} is a {type(tensor).__name__} of {tensor.dtype}, not a plain floating-point one"
             )
         names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is tensor]
         if len(names) > 1:
@@ -244,5 +240,7 @@ def _row_parts(model: BloomForCausalLM, target: str, parts: Sequence[str] | None
 
 def _plain_linear(layer: LoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
+    linear.weight = layer.weight
+    if layer.bias is not None:
+        linear.bias = layer.bias
     return linear

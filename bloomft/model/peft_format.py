@@ -1,4 +1,4 @@
-"""Adapters in PEFT's file format, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Read and write adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
 import math
@@ -22,8 +22,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX, _SUFFIX_A, _SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # The keys of a configuration that are understood, each with its values, or None where `_PeftConfig.read`
-# checks them or every value leaves the adapter's function alone. Any other key must be null or false.
-_UNDERSTOOD = {
+# checks them or no value changes the adapter's function. Any other key must be null or false.
+_UNDERSTOOD: dict[str, tuple[object, ...] | None] = {
     **dict.fromkeys(("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")),
     **dict.fromkeys(("exclude_modules", "layers_to_transform")),
     **dict.fromkeys(("lora_dropout", "inference_mode", "peft_version", "auto_mapping")),
@@ -42,7 +42,7 @@ _UNDERSTOOD = {
 
 @dataclass(frozen=True)
 class _PeftConfig:
-    """What ``adapter_config.json`` says of the adapter's function, by the rules of PEFT's `LoraModel`."""
+    """What ``adapter_config.json`` says about the adapter's function, by the rules of PEFT's `LoraModel`."""
 
     r: int
     alpha: float
@@ -126,7 +126,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def holds_adapters(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Whether ``state``, of ``model`` or of a compilation of it, has the adapters as they are now."""
+    """Whether ``state``, of ``model`` or of a compilation of it, has the current adapters."""
     values = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
     return all(
         f"{name}.{part}" in values and torch.equal(values[f"{name}.{part}"].cpu(), getattr(layer, part).cpu())
@@ -135,7 +135,9 @@ def holds_adapters(model: nn.Module, state: dict[str, Tensor]) -> bool:
     )
 
 
-def save_peft_adapter(model: nn.Module, folder: Path, base_name: str, revision: str | None = None) -> None:
+def save_peft_adapter(
+    model: nn.Module, folder: Path, base_name: str | None, revision: str | None = None
+) -> None:
     """Write the adapters of a patched model so that ``PeftModel.from_pretrained`` loads them.
 
     ``base_name`` and ``revision`` are what ``from_pretrained`` was given for the base.
@@ -167,17 +169,17 @@ def save_peft_adapter(model: nn.Module, folder: Path, base_name: str, revision: 
 
 
 def load_peft_config(folder: Path) -> LoraConfig:
-    """The shape of the adapter in ``folder``; `UserError` if it has none, or more than one plain LoRA.
+    """The shape of the adapter in ``folder``; `UserError` if it is not a plain LoRA adapter.
 
-    Read are ``adapter_config.json`` and the header of the weights. Whatever else the configuration sets is
-    refused by name, since it would change the adapter's function or is not known to leave it. Where layers
-    differ in rank the largest counts, where they differ in scale the first layer's.
+    Reads ``adapter_config.json`` and the header of the weights. Whatever else the configuration sets is
+    refused by name, since it changes or may change the adapter's function. Where layers differ in rank the
+    largest counts, where they differ in scale the first layer's.
     """
     config, path = _PeftConfig.read(folder), folder / WEIGHTS_NAME
     ranks = {}
     try:
         with safe_open(path, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, no mapping
+            for name in tensors.keys():  # noqa: SIM118, not a mapping
                 if name.startswith(_PREFIX) and name.endswith(_SUFFIX_A):
                     layer = name.removeprefix(_PREFIX).removesuffix(_SUFFIX_A)
                     ranks[layer] = config.rank(layer)
@@ -201,7 +203,7 @@ def load_peft_config(folder: Path) -> LoraConfig:
 def load_peft_adapter(model: nn.Module, folder: Path) -> None:
     """Copy a PEFT adapter's tensors into a patched model without parts; `UserError` where they do not fit.
 
-    A layer that the adapter leaves out gets zeros; a smaller rank is filled up with zeros, and a scale other
+    A layer that the adapter leaves out gets zeros; a smaller rank is padded with zeros, and a scale other
     than the model's is multiplied into B.
     """
     config, path = _PeftConfig.read(folder), folder / WEIGHTS_NAME

@@ -19,6 +19,6 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def replaced_method(module: nn.Module) -> str | None:
-    """The name of a method of the class that the object itself replaces, as accelerate's hooks do forward."""
+    """The name of a method that the instance overrides, as accelerate's hooks do with forward."""
     own, instance = vars(type(module)), vars(module)
     return next((name for name in instance if callable(own.get(name))), None)

@@ -1,7 +1,7 @@
-"""The embedded base model: a small real BLOOM, pre-trained once on text that every Python carries.
+"""The embedded base model: a small real BLOOM, pre-trained once on text that every Python ships with.
 
 Its corpus is the docstrings of the standard library; its tokenizer, byte-level BPE like BLOOM's own, is
-trained on the same text. Made on first use in about a minute of two CPU cores and kept in the cache.
+trained on the same text. Built on first use, in about a minute on two CPU cores, and cached.
 """
 
 import ast
@@ -62,7 +62,7 @@ def tiny_base_folder(recipe: TinyRecipe | None = None, *, cache_dir: Path | None
 
 
 def standard_library_docstrings() -> Iterator[str]:
-    """Docstrings of the standard library: modules, classes, functions; a text a module, tests left out."""
+    """Docstrings of the standard library: modules, classes, functions; one text per module, no tests."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
     for path in sorted(root.rglob("*.py")):
@@ -118,7 +118,7 @@ def _pretrain(recipe: TinyRecipe, folder: Path) -> None:
 
 
 def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> None:
-    # Muon learns this much text about twice as fast as AdamW alone; it is made for hidden matrices only.
+    # Muon learns this much text about twice as fast as AdamW alone; it is meant for hidden matrices only.
     hidden = [p for p in model.transformer.h.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in hidden)]
     optimizers = [

@@ -1,1 +1,1 @@
-"""One training run: its state, its files and what it tells."""
+"""One training run: its state, its files and its output."""

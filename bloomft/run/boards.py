@@ -1,4 +1,4 @@
-"""W&B and TensorBoard, for those who ask for one."""
+"""W&B and TensorBoard, if configured."""
 
 import secrets
 from pathlib import Path
@@ -13,7 +13,7 @@ WANDB_ID = "wandb-id"
 
 
 class Board(Protocol):
-    """Where the values of metrics.jsonl go beside it."""
+    """Where the values of metrics.jsonl go in addition to it."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """The values of one step, by name."""
@@ -29,7 +29,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps beyond the one to go on from were written before a crash and come again.
+        # Steps beyond the one to resume from were written before a crash and will be repeated.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -45,7 +45,7 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        import wandb
+        import wandb  # type: ignore[import-not-found, unused-ignore]  # an extra, not always installed
 
         try:
             self._run = wandb.init(
@@ -65,14 +65,14 @@ class _Wandb:
         self._run.log(dict(values), step=step)
 
     def flush(self) -> None:
-        """W&B sends what it was given on its own."""
+        """Nothing to do: W&B sends by itself what it was given."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of this folder's W&B run: drawn once, so that a run that goes on stays one run there."""
+    """The id of this folder's W&B run: drawn once, so that a resumed run stays one run there."""
     path = folder / WANDB_ID
     try:
         known = path.read_text(encoding="utf-8").strip()

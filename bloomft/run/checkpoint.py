@@ -1,7 +1,7 @@
-"""Checkpoints: everything a run needs to go on, and never the frozen base.
+"""Checkpoints: everything a run needs to resume, and never the frozen base.
 
 A checkpoint is one dictionary of tensors and plain values, a zip file as ``torch.save`` writes it, which
-``torch.load(weights_only=True)`` reads. `TrainingState` says what stands in it. The zip's comment, its last
+``torch.load(weights_only=True)`` reads. `TrainingState` lists its content. The zip's comment, its last
 bytes, is a hash of all bytes before it, so that no damage goes unnoticed.
 """
 
@@ -74,7 +74,7 @@ class TrainingState:
 
 
 def save_checkpoint(state: TrainingState, run_dir: Path, *, keep: bool) -> None:
-    """Write ``last.ckpt`` and, with ``keep``, ``step-<n>.ckpt``, each aside, synced and renamed."""
+    """Write ``last.ckpt`` and, with ``keep``, ``step-<n>.ckpt``, each by `write_atomically`."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **fields}, buffer)
@@ -87,7 +87,7 @@ def save_checkpoint(state: TrainingState, run_dir: Path, *, keep: bool) -> None:
 def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint onto the CPU.
 
-    Files of format 1, which counted micro-batches and had no hash of their own, and of format 2, which had no
+    Files of format 1, which counted micro-batches and had no hash, and of format 2, which had no
     kernel choices, are converted. Raises `DamagedCheckpointError` if bytes have changed or it never was one,
     `UserError` if it cannot be read or holds what no run writes.
     """
@@ -151,7 +151,7 @@ def _append_digest(buffer: io.BytesIO) -> None:
     """Give the zip file in ``buffer`` its hash as the comment that its format allows at the end."""
     end = buffer.seek(-_ZIP_END_BYTES, os.SEEK_END)
     if bytes(buffer.getbuffer()[end : end + 4]) != _ZIP_END:
-        raise RuntimeError("torch.save wrote a zip file that ends in another way than expected")
+        raise RuntimeError("torch.save wrote a zip file with an unexpected end")
     buffer.seek(-2, os.SEEK_END)
     buffer.write(_DIGEST_RECORD_BYTES.to_bytes(2, "little"))
     buffer.write(_DIGEST_MARK + _digest(buffer.getbuffer()))
@@ -166,7 +166,7 @@ def _digest_matches(raw: bytes) -> bool:
 
 
 def _is_intact_zip(raw: bytes) -> bool:
-    """For files without a hash of their own: the zip's checksums, which torch does not look at."""
+    """For files without a hash: the zip's checksums, which torch does not check."""
     if not raw.startswith(_ZIP_START):
         return False
     with zipfile.ZipFile(io.BytesIO(raw)) as file:
@@ -214,7 +214,7 @@ def _is_lora(value: Any) -> bool:
     )
 
 
-# What each field of a checkpoint must be for `_holds`.
+# The rule of each field of a checkpoint, for `_holds`.
 _RULES = {
     "step": _is_count,
     "position": _is_count,
@@ -236,7 +236,7 @@ _RULES = {
 def _holds(rule: Any, value: Any) -> bool:
     try:
         return bool(rule(value))
-    except Exception:  # a value of another kind fails the rule in whatever way
+    except Exception:  # a value of a wrong type may raise anything
         return False
 
 

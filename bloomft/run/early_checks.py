@@ -1,9 +1,8 @@
-"""What can be known to fail before a base model is loaded or downloaded."""
+"""Checks that a run must pass before its base model is loaded or downloaded."""
 
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import torch
 
@@ -27,13 +26,13 @@ def check_early(config: Config) -> None:
         raise UserError(f"train.logger={logger}: {logger} is not installed; {where}, or choose none")
     check_schedule(config.optim)
     train, data = config.train, config.data
-    # the token ids, labels and document ids of a step, which are made on the CPU
+    # the token ids, labels and document ids of a step, which are built on the CPU
     rows = train.batch_size * train.accumulate_grad_batches
     check_memory(
         f"train.batch_size {train.batch_size} x data.max_length {data.max_length} x accumulate_grad_batches",
         3 * 8 * rows * (data.max_length if data.packing else 2),
         torch.device("cpu"),
     )
-    for folder in (config.train.output_dir, config.data.cache_dir):
-        check_folder(Path(folder))
+    check_folder(config.train.run_dir)
+    check_folder(config.data.token_cache_dir)
     list_files(filename_patterns(config.data))

@@ -17,10 +17,10 @@ def evaluate(
     max_batches: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """Mean loss over the labels of ``rows``, or of a fixed random choice of them, in nats a token.
+    """Mean loss over the labels of ``rows``, or of a fixed random choice of them, in nats per token.
 
     The choice is `PackedDataset.eval_rows(max_batches)`, the same for every ``batch_size``. ``progress`` is
-    called with the rows done and the rows in all. Leaves the model's mode as it was.
+    called with the rows done and their total. Restores the model's mode.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time, and nothing left of killed ones."""
+"""A run's folder: used by one process at a time, without leftovers of killed ones."""
 
 import contextlib
 import os
@@ -18,9 +18,9 @@ _WRITTEN_HERE = re.compile("|".join([re.escape(LAST), STEP_FILE.pattern, *map(re
 
 @contextlib.contextmanager
 def exclusive_folder(folder: Path, *, anew: bool) -> Iterator[list[str]]:
-    """Make ``folder`` and hold it for this process alone; yields lines for the log.
+    """Create ``folder`` and lock it for this process; yields lines for the log.
 
-    With ``anew`` an earlier run in it moves aside whole, to ``<folder>.1`` or the next free number. What
+    With ``anew`` an earlier run in it is moved as a whole, to ``<folder>.1`` or the next free number. What
     killed processes left unfinished is removed. Raises `UserError` if another process holds the folder,
     naming it, or if it cannot be written.
     """
@@ -53,9 +53,9 @@ def _held(folder: Path) -> Iterator[list[str]]:
             file.seek(0)
             other = file.read(200).decode(errors="replace").strip() or "another process"
             raise UserError(
-                f"{folder}: {other} trains there now; wait for its end, or choose another train.output_dir"
+                f"{folder}: {other} is training there; wait until it ends, or choose another train.output_dir"
             )
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, without a name
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds, without a name
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield [] if held else [f"{path}: this file system has no locks; start no second process here"]

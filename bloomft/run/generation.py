@@ -1,4 +1,4 @@
-"""Text from the base or from what was trained, and the models that write it."""
+"""Text from the base or a trained model, and the loading of that model."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ from bloomft.run.trained_model import load_trained
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; a temperature of 0 takes the likeliest token each time."""
+    """How tokens are drawn; a temperature of 0 always takes the most likely token."""
 
     max_new_tokens: int = 200
     temperature: float = 0.8
@@ -43,8 +43,8 @@ def generate(
 
     It ends with the tokenizer's end of text or one that the model's generation_config names, or after
     ``sampling.max_new_tokens``; nothing else of that generation_config has an effect. A ``streamer`` is
-    given the text as it comes. Raises `UserError` for a prompt without a single token and for ends of text
-    that are not token ids.
+    given the text as it is generated. Raises `UserError` for a prompt without a single token and for ends of
+    text that are not token ids.
     """
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     if encoded["input_ids"].shape[1] == 0:
@@ -52,21 +52,21 @@ def generate(
     input_ids = encoded["input_ids"].to(model.device)
     settings = _generation_config(model, tokenizer, sampling)
     torch.manual_seed(sampling.seed)
-    with torch.no_grad(), _in_place_of_its_own(settings, model):
+    with torch.no_grad(), _replaced_generation_config(model, settings):
         output = model.generate(
             input_ids,
             generation_config=settings,
             attention_mask=torch.ones_like(input_ids),
             streamer=streamer,
         )
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)[0]
 
 
 def _generation_config(
     model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling
 ) -> GenerationConfig:
     """What ``sampling`` says, and of the model's own generation_config its ends of text."""
-    drawing = {"do_sample": False}
+    drawing: dict[str, bool | float] = {"do_sample": False}
     if sampling.temperature > 0:
         drawing = {
             "do_sample": True,
@@ -90,8 +90,8 @@ def _generation_config(
 
 
 @contextlib.contextmanager
-def _in_place_of_its_own(settings: GenerationConfig, model: BloomForCausalLM) -> Iterator[None]:
-    """``model.generate`` fills whatever the configuration that it is given leaves open from the model's."""
+def _replaced_generation_config(model: BloomForCausalLM, settings: GenerationConfig) -> Iterator[None]:
+    """Inside, ``settings`` is the model's own, from which ``model.generate`` fills in what is not set."""
     own = model.generation_config
     model.generation_config = settings
     try:
@@ -106,17 +106,17 @@ def load_for_generation(
     """Model in eval mode and tokenizer.
 
     ``source`` is a configuration or a folder with a merged model. ``checkpoint`` is None (the base alone), a
-    checkpoint, or an exported folder: an adapter's is put on the base, a merged one stands for itself.
+    checkpoint, or an exported folder: an adapter is put on the base, a merged model is loaded as it is.
     """
-    if os.path.isdir(source):  # unlike Path.is_dir no error for a name that is too long
+    if os.path.isdir(source):  # unlike Path.is_dir, no error for a name that is too long
         if checkpoint is not None or overrides:
-            raise UserError(f"{source}: a folder stands for itself; no checkpoint and no key=value beside it")
+            raise UserError(f"{source}: a folder is used as it is, without checkpoint or key=value")
         return _load_folder(source, pick_device("auto"))
     config = load_config(source, overrides)
-    device = pick_device(config.train.device)  # it is there, before a base is loaded
+    device = pick_device(config.train.device)  # fails before a base is loaded
     if checkpoint is None:
         return _fused(load_base(config.model.transformer), device)
-    path = find_checkpoint(checkpoint, Path(config.train.output_dir))
+    path = find_checkpoint(checkpoint, config.train.run_dir)
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         return _load_adapter_folder(config.model.transformer, path, device)
     if path.is_dir():
@@ -132,8 +132,8 @@ def _load_folder(folder: str, device: torch.device) -> tuple[BloomForCausalLM, P
 
 
 def _fused(base: Base, device: torch.device) -> tuple[BloomForCausalLM, PreTrainedTokenizerFast]:
-    """A base without adapters in the fused parts that it is trained in, so that both write alike."""
-    model = base.model.to(device).requires_grad_(False)
+    """A base without adapters in the fused parts that it is trained in, so that both generate alike."""
+    model = base.model.to(device).requires_grad_(False)  # type: ignore[arg-type]  # as in patch_base
     return fuse_bloom(model).eval(), base.tokenizer
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, its log file, the terminal, and W&B or TensorBoard when asked."""
+"""A run's output: metrics.jsonl, its log file, the terminal, and W&B or TensorBoard if configured."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from bloomft.run.boards import WANDB_ID, open_board
 from lorakernels import kernel_report
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
-RUN_FILES = (CONFIG, METRICS, WANDB_ID)  # those that are replaced whole
+RUN_FILES = (CONFIG, METRICS, WANDB_ID)  # those that are replaced as a whole
 
 
 class RunLog:
@@ -27,12 +27,12 @@ class RunLog:
 
     Args:
         config: the resolved configuration, written to ``config.yaml``.
-        step: the step to go on from. Lines of ``metrics.jsonl`` beyond it belong to work that was lost with a
-            crash and will be done again; they are removed.
+        step: the step to resume from. Lines of ``metrics.jsonl`` beyond it belong to work that was lost in a
+            crash and will be repeated; they are removed.
     """
 
     def __init__(self, config: Config, step: int) -> None:
-        self.folder = Path(config.train.output_dir)
+        self.folder = config.train.run_dir
         write_atomically(self.folder / CONFIG, config_to_yaml(config).encode())
         unreadable = _truncate_metrics(self.folder / METRICS, step)
         self._metrics = AppendedFile(self.folder / METRICS)
@@ -79,7 +79,7 @@ class RunLog:
 
     @contextmanager
     def evaluation(self) -> Iterator[Callable[[int, int], None]]:
-        """A second bar while held-out rows are read; yields what takes the rows done and the rows in all."""
+        """A second bar while held-out rows are read; yields what takes the rows done and their total."""
         task = self._bar.add_task("held-out row", total=None, status="")
         try:
             yield lambda done, rows: self._bar.update(task, completed=done, total=rows)
@@ -103,7 +103,7 @@ class RunLog:
             self._board.write(step, values)
 
     def kernels(self) -> None:
-        """Which implementation each operator took, in the log file, where that is news."""
+        """Which implementation each operator took, in the log file, if it has changed."""
         if (report := kernel_report()) != self._kernels:
             self._kernels = report
             self._log.append(f"{report}\n")
@@ -117,7 +117,7 @@ class RunLog:
 
 
 def _plain(value: float) -> float | int | None:
-    # JSON has no NaN; null says that there was no finite figure.
+    # JSON has no NaN; null says that the value was not finite.
     return value if isinstance(value, int) or math.isfinite(value) else None
 
 

@@ -1,15 +1,19 @@
-"""The optimizer and the schedule of a run: made, checked early, and taken over from a checkpoint."""
+"""The optimizer and the schedule of a run: created, checked early, and restored from a checkpoint."""
 
 import math
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import get_scheduler
+from transformers.optimization import GreedyLR
 
-from bloomft.config.keys import METRIC_SCHEDULES, OptimConfig, SchedulerConfig
+from bloomft.config.keys import OptimConfig, SchedulerConfig
 from bloomft.errors import UserError
+
+# The first moves with every step, the others with the held-out loss.
+Scheduler = LambdaLR | ReduceLROnPlateau | GreedyLR
 
 
 def make_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
@@ -26,7 +30,7 @@ def make_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW
     )
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, settings: SchedulerConfig) -> LRScheduler:
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: SchedulerConfig) -> Scheduler:
     """The schedule of ``optim.scheduler`` by transformers' `get_scheduler`; `UserError` where that fails."""
     try:
         return get_scheduler(
@@ -36,13 +40,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: SchedulerConfig) 
             num_training_steps=settings.num_training_steps,
             scheduler_specific_kwargs=dict(settings.scheduler_specific_kwargs),
         )
-    except Exception as error:  # the schedules check nothing themselves: text where a number is meant, say
+    except Exception as error:  # the schedules check nothing themselves, e.g. text in place of a number
         raise _does_not_work(settings, error) from error
-
-
-def follows_metric(settings: SchedulerConfig) -> bool:
-    """Whether the schedule moves with the held-out loss and not with every step."""
-    return settings.name in METRIC_SCHEDULES
 
 
 def check_schedule(settings: OptimConfig) -> None:
@@ -54,13 +53,13 @@ def check_schedule(settings: OptimConfig) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.optimizer.lr)
     made = make_scheduler(optimizer, schedule)
     try:
-        if follows_metric(schedule):
+        if isinstance(made, LambdaLR):
+            steps = {0, schedule.num_warmup_steps, total // 2, total - 1, total}
+            factors = [made.lr_lambdas[0](step) for step in steps]
+        else:
             for loss in (2.0, 1.0, 3.0):
                 made.step(loss)
             factors = [optimizer.param_groups[0]["lr"]]
-        else:
-            steps = {0, schedule.num_warmup_steps, total // 2, total - 1, total}
-            factors = [made.lr_lambdas[0](step) for step in steps]
         if not all(math.isfinite(factor) for factor in factors):
             raise ValueError(f"it gives the factors {factors}")
     except Exception as error:
@@ -68,13 +67,13 @@ def check_schedule(settings: OptimConfig) -> None:
 
 
 def restore_scheduler(
-    scheduler: LRScheduler, now: OptimConfig, state: dict[str, Any], rates: list[float], then: OptimConfig
+    scheduler: Scheduler, now: OptimConfig, state: dict[str, Any], rates: list[float], then: OptimConfig
 ) -> None:
     """Take a scheduler's progress from ``state`` and its settings from ``now``; set the learning rates.
 
     ``scheduler`` is fresh and made from ``now``; ``state`` was saved under the settings ``then``, when the
-    optimizer's groups had the learning rates ``rates``. What two fresh schedules, of then and of now, differ
-    in is a setting; what they agree on has only moved since.
+    optimizer's groups had the learning rates ``rates``. What differs between two fresh schedules, of
+    then and of now, is a setting; the rest is progress.
     """
     base, base_then = now.optimizer.lr, then.optimizer.lr
     groups = scheduler.optimizer.param_groups
@@ -85,10 +84,11 @@ def restore_scheduler(
     fresh_then = make_scheduler(like_then, then.scheduler).state_dict()
     kept = {key for key in fresh if key in state and fresh_then.get(key) == fresh[key]}
     scheduler.load_state_dict(fresh | {key: state[key] for key in kept})
+    new_rates: list[float | Tensor]
     if isinstance(scheduler, LambdaLR):
         new_rates = [base * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     else:
-        # Where the schedule had taken the rate, in proportion, and within its bounds of now.
+        # The rate that the schedule had reached, in proportion, within the bounds of now.
         least = [min(bound, base) for bound in scheduler.min_lrs]
         most = [max(bound, base) for bound in getattr(scheduler, "max_lrs", [base] * len(groups))]
         moved = [rate * (base / base_then) for rate in rates]

@@ -1,4 +1,4 @@
-"""The states of torch's random generators, saved and put back."""
+"""The states of torch's random generators, saved and restored."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def rng_states() -> dict[str, Tensor]:
 
 
 def restore_rng_states(states: dict[str, Tensor]) -> None:
-    """Put back what `rng_states` returned; states of devices that are not here are left out."""
+    """Restore what `rng_states` returned; states of missing devices are ignored."""
     torch.set_rng_state(states["cpu"])
     for name, state in states.items():
         if name != "cpu" and int(name.removeprefix("cuda:")) < torch.cuda.device_count():

@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint that its configuration asks for, and whether it is this run's."""
+"""Resuming a run: the checkpoint that its configuration asks for, and whether it belongs to this run."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -49,10 +49,10 @@ class RunIdentity:
 def find_resumption(config: Config) -> Resumption:
     """The checkpoint that ``train.resume`` asks for, read.
 
-    "auto" is last.ckpt; if that is damaged or missing, the whole step-<n>.ckpt with the largest n. Raises
+    "auto" is last.ckpt; if that is damaged or missing, the undamaged step-<n>.ckpt with the largest n. Raises
     `UserError` if there are checkpoints but none that can be used, or if it holds more steps than configured.
     """
-    folder, resume = Path(config.train.output_dir), config.train.resume
+    folder, resume = config.train.run_dir, config.train.resume
     if resume == "never":
         return Resumption(None, None, [])
     candidates = list_checkpoints(folder) if resume == "auto" else [find_checkpoint(resume, folder)]
@@ -80,7 +80,7 @@ def find_resumption(config: Config) -> Resumption:
 
 
 def resume(run: RunState, state: TrainingState, ours: RunIdentity, path: Path) -> None:
-    """Go on from ``state``, which ``path`` held; learning rates and the like follow the configuration.
+    """Resume from ``state``, read from ``path``; learning rates and the like follow the configuration.
 
     Raises `UserError` where it belongs to another run than ``ours`` or does not fit it.
     """
@@ -107,7 +107,7 @@ def _check_same_run(state: TrainingState, ours: RunIdentity, path: Path) -> None
     if state.data != ours.data:
         raise UserError(
             f"{path}: its training rows differ from those of this configuration (files, max_length, "
-            "packing, heldout_fraction, random_state or split_state changed, or copies of a text stood "
+            "packing, heldout_fraction, random_state or split_state changed, or copies of a text were "
             f"on both sides of the split); {anew}"
         )
     for key, value in ours.lora.items():

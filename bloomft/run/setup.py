@@ -1,4 +1,4 @@
-"""A configuration to a run that is ready to take its next step."""
+"""From a configuration to a run that is ready for its next step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Job:
     """A run and what it works on.
 
     Attributes:
-        last: its last.ckpt; saved: the step that this holds, None where there is none of this run.
+        last: its last.ckpt; saved: the step that this holds, None where it is not of this run.
         notes: lines for the log.
     """
 
@@ -42,7 +42,7 @@ class Job:
 
 
 def set_up(config: Config, device: torch.device) -> Job:
-    """Base, data, adapters and optimizer, as they were if there is a checkpoint to go on from.
+    """Base, data, adapters and optimizer, restored if there is a checkpoint to resume from.
 
     Raises `UserError` for whatever the user can correct.
     """
@@ -60,7 +60,7 @@ def set_up(config: Config, device: torch.device) -> Job:
     identity = RunIdentity.of(config, base.identity, data.identity)
     if resumption.state is not None and resumption.path is not None:
         resume(run, resumption.state, identity, resumption.path)
-    last = Path(config.train.output_dir) / LAST
+    last = config.train.run_dir / LAST
     saved = run.step if resumption.path == last else None
     notes = [*_describe(base, model, data), *resumption.notes]
     return Job(run, identity, data, last, saved, notes)

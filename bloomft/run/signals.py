@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop, which a run answers where nothing is lost."""
+"""SIGINT and SIGTERM as a request to stop, which a run follows at a point where nothing is lost."""
 
 import signal
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from bloomft.errors import Stopped
 
 
 class StopRequest:
-    """True once SIGINT or SIGTERM has come; a second signal acts as if nobody caught it."""
+    """True once SIGINT or SIGTERM has come; a second signal acts as if it were not caught."""
 
     def __init__(self) -> None:
         self._received = False
@@ -22,7 +22,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self, text: str) -> Iterator[None]:
-        """Inside, a signal raises `Stopped` with ``text`` where it finds the program.
+        """Inside, a signal raises `Stopped` with ``text`` wherever the program is.
 
         Outside it is only noted. One that was noted earlier raises on entry.
         """

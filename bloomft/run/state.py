@@ -1,17 +1,20 @@
-"""What changes while a run trains, in one object: made fresh, stepped, saved and brought back."""
+"""What changes while a run trains, in one object: created, stepped, saved and restored."""
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM
 
 from bloomft.accounting import BatchCounts, StepCost
 from bloomft.batch import Batch
 from bloomft.config.keys import OptimConfig
 from bloomft.model.patch import adapted_layers, adapter_state, load_adapter_state
-from bloomft.run.optimization import follows_metric, make_optimizer, make_scheduler, restore_scheduler
+from bloomft.run.optimization import make_optimizer, make_scheduler, restore_scheduler
 from bloomft.run.random_states import restore_rng_states, rng_states
 from bloomft.run.state_dicts import check_like, public
 from lorakernels import kernel_choices, use_kernel_choices
@@ -33,7 +36,7 @@ class Window:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Start over."""
         self.loss.zero_()
         self.labels = 0
         self.start_clock()
@@ -43,7 +46,7 @@ class Window:
         self.counts, self.start = BatchCounts(), time.perf_counter()
 
     def add(self, counts: BatchCounts) -> None:
-        """Count the batches of a step, whose losses stand in ``loss`` already."""
+        """Count the batches of a step, whose losses are in ``loss`` already."""
         self.labels += counts.labels
         self.counts += counts
 
@@ -52,7 +55,7 @@ class Window:
         return self.loss.item() / max(self.labels, 1)
 
     def rates(self, cost: StepCost, limit: float) -> dict[str, float]:
-        """Speed and what it was made of; ``limit`` is the FLOP/s that MFU refers to."""
+        """Speed and what it counts; ``limit`` is the FLOP/s that MFU refers to."""
         seconds, counts = time.perf_counter() - self.start, self.counts
         return {
             "tokens_per_second": counts.tokens / seconds,
@@ -70,7 +73,7 @@ class RunState:
         fp16: whether gradients are scaled.
 
     Attributes:
-        step: optimizer steps done or, with fp16, left out by the scaler, which ``skipped`` counts.
+        step: optimizer steps done or, with fp16, skipped by the scaler, which ``skipped`` counts.
         position: rows consumed.
         grad_norm: of the last step, before clipping; a scalar on the device.
         window: since the last line of metrics.jsonl.
@@ -94,7 +97,7 @@ class RunState:
         return self.optimizer.param_groups[0]["lr"]
 
     def begin(self, tokens: int) -> None:
-        """Make ready for steps with micro-batches of ``tokens`` tokens: the layers choose their kernels."""
+        """Prepare for steps with micro-batches of ``tokens`` tokens: the layers choose their kernels."""
         self.model.train()
         for layer in adapted_layers(self.model).values():
             layer.prepare(tokens)
@@ -111,11 +114,11 @@ class RunState:
         self.window.loss += loss.detach() * labels
 
     def finish_gradients(self, clip: float) -> None:
-        """The one place where the gradients of a step become whole: all micro-batches are in them.
+        """The one place that completes the gradients of a step, once all micro-batches are in them.
 
         A sum over several processes belongs before the rest: unscaling, their norm, and clipping to ``clip``
         (0: not at all). Raises RuntimeError where the first step's backward pass missed an adapter, as
-        checkpointing can cause in silence.
+        checkpointing can silently cause.
         """
         if self.step == 0 and (missing := [p for p in self.parameters if p.grad is None]):
             raise RuntimeError(
@@ -125,30 +128,30 @@ class RunState:
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip or math.inf)
 
     def update(self, rows: int) -> None:
-        """Take the optimizer step of ``rows`` rows, count it, and move a schedule of steps on.
+        """Take the optimizer step of ``rows`` rows, count it, and advance a schedule of steps.
 
-        A step that fp16's scaler leaves out, which takes waiting for the device to know, leaves the schedule.
+        A step that fp16's scaler skips, known only after waiting for the device, does not advance it.
         """
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.position = self.step + 1, self.position + rows
         skipped = self.step - self._steps_done() if self.scaler.is_enabled() else self.skipped
-        if skipped == self.skipped and not follows_metric(self.settings.scheduler):
+        if skipped == self.skipped and isinstance(self.scheduler, LambdaLR):
             self.scheduler.step()
         self.skipped = skipped
 
     def evaluated(self, loss: float) -> None:
-        """Move a schedule that follows the held-out loss on."""
-        if follows_metric(self.settings.scheduler):
+        """Advance a schedule that follows the held-out loss."""
+        if not isinstance(self.scheduler, LambdaLR):
             self.scheduler.step(loss)
 
     def non_finite(self) -> list[str]:
         """What of loss, gradients, adapters and optimizer state is not finite, by name; waits for the device.
 
-        With fp16 a gradient norm may be: the scaler leaves that step out.
+        With fp16 a gradient norm may be infinite or NaN: the scaler skips that step.
         """
-        checked = {
+        checked: dict[str, Sequence[Tensor]] = {
             "the loss": [self.window.loss],
             "the gradient norm": [] if self.scaler.is_enabled() else [self.grad_norm],
             "an adapter": self.parameters,
@@ -178,7 +181,7 @@ class RunState:
         }
 
     def load_state_dict(self, state: dict[str, Any], then: OptimConfig) -> None:
-        """Go on from ``state``, saved under the settings ``then``; rates and the like follow those of now.
+        """Restore ``state``, saved under the settings ``then``; rates and the like follow those of now.
 
         Raises ValueError, RuntimeError, TypeError, KeyError or AttributeError where it does not fit.
         """
@@ -202,7 +205,7 @@ class RunState:
         return int(moments["step"]) if moments else 0
 
     def _check_fit(self, state: dict[str, Any]) -> None:
-        """ValueError where torch would take what it is given and fail later, or read past its end."""
+        """Raise ValueError where torch would accept ``state`` and fail later, or read past its end."""
         check_like(public(state["scheduler"]), public(self.scheduler.state_dict()), "scheduler")
         if state["scaler"] and self.scaler.is_enabled():
             check_like(state["scaler"], self.scaler.state_dict(), "scaler")

@@ -1,4 +1,4 @@
-"""Whether a state dict read from a file is one that would be written now."""
+"""Whether a state dict read from a file has the structure of one that would be written now."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ def check_like(value: Any, fresh: Any, place: str) -> None:
     """
     if isinstance(fresh, dict) and isinstance(value, dict):
         if odd := sorted(map(str, value.keys() ^ fresh.keys())):
-            raise ValueError(f"{place}.{odd[0]} is missing or too much")
+            raise ValueError(f"{place}.{odd[0]} is missing or unexpected")
         for key in fresh:
             check_like(value[key], fresh[key], f"{place}.{key}")
     elif isinstance(fresh, list | tuple) and isinstance(value, list | tuple):

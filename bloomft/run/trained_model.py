@@ -14,7 +14,7 @@ from bloomft.run.checkpoint import TrainingState
 
 
 def load_trained(base: Base, state: TrainingState, path: Path, device: torch.device) -> BloomForCausalLM:
-    """``base`` with the adapters of ``state``, which ``path`` held, in the stored dtype, in eval mode.
+    """``base`` with the adapters of ``state``, read from ``path``, in the stored dtype, in eval mode.
 
     Raises `UserError` if the base is not the one that the checkpoint was trained on, or the adapters do not
     fit.

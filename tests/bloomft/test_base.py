@@ -50,7 +50,7 @@ def change_tensors(folder: Path, change) -> None:
 NORM = "transformer.ln_f.weight"
 TENSORS = {
     "missing": (lambda t: t.pop(NORM), f"model.safetensors: lacks {NORM}"),
-    "foreign": (lambda t: t.update(extra=torch.zeros(3)), "model.safetensors: has a foreign extra"),
+    "foreign": (lambda t: t.update(extra=torch.zeros(3)), "model.safetensors: has an unexpected extra"),
     "shape": (lambda t: t.update({NORM: torch.zeros(7)}), rf"safetensors: {NORM} has shape \[7\], .*\[48\]"),
     "integers": (lambda t: t.update({NORM: torch.zeros(48, dtype=torch.int8)}), f"{NORM} is stored as I8"),
 }
@@ -68,7 +68,7 @@ SETTINGS = {
     "too_many_layers": ({"n_layer": 10**12}, "2 layers are stored, but config.json has n_layer 10000"),
     "vocab_size": ({"vocab_size": 2**40}, r"word_embeddings.weight has shape \[384, 48\], by config.json"),
     "no_heads": ({"n_head": 0}, "config.json: n_head is 0"),
-    "odd_heads": ({"n_head": 7}, "config.json: hidden_size 48 is no multiple of n_head 7"),
+    "odd_heads": ({"n_head": 7}, "config.json: hidden_size 48 is not a multiple of n_head 7"),
     "negative": ({"vocab_size": -1}, "config.json: vocab_size is -1"),
     "text": ({"hidden_size": "x"}, "config.json: .*hidden_size"),
     "null": ({"hidden_size": None}, "config.json: .*hidden_size"),

@@ -56,7 +56,7 @@ def test_another_base_is_refused_by_all_its_names(tmp_path):
         check_base(known, HERE, tmp_path / "last.ckpt")
     assert str(caught.value) == (
         f"{tmp_path}/last.ckpt: trained on the base model org/other (subfolder large, bbbbbbbb), "
-        "but org/bloom (revision v2, subfolder small, aaaaaaaa) is another one"
+        "but org/bloom (revision v2, subfolder small, aaaaaaaa) is a different one"
     )
     # Checkpoints of earlier versions have name and fingerprint alone; a folder may have moved.
     check_base({"name": "/elsewhere", "fingerprint": OURS}, HERE, tmp_path)
@@ -66,7 +66,7 @@ def test_another_base_is_refused_by_all_its_names(tmp_path):
 
 def test_an_adapter_of_another_base(tmp_path):
     write_mark(tmp_path, base_identity(NAMES, THEIRS))
-    with pytest.raises(UserError, match=r"trained on the base model org/bloom .*bbbbbbbb.*another one"):
+    with pytest.raises(UserError, match=r"trained on the base model org/bloom .*bbbbbbbb.*a different one"):
         check_adapter_base(tmp_path, HERE)
     assert check_adapter_base(tmp_path, base_identity(NAMES, THEIRS)) is None
 

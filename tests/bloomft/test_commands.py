@@ -133,7 +133,7 @@ EARLY = {
     "long_output": (f"train.output_dir={'x' * 300}", "x: cannot be a folder: File name too long"),
     "long_cache": (f"data.cache_dir={'x' * 300}", "x: cannot be a folder: File name too long"),
     "long_files": (f"data.filenames={'x' * 300}", "matches no file"),
-    "file_above": ("train.output_dir=run.yaml/run", "run.yaml is no folder"),
+    "file_above": ("train.output_dir=run.yaml/run", "run.yaml is not a folder"),
     "kwargs": ("optim.scheduler.scheduler_specific_kwargs={nothing: 1}", "optim.scheduler: linear: "),
     "text_for_a_number": (
         ["optim.scheduler.name=cosine", "optim.scheduler.scheduler_specific_kwargs={num_cycles: many}"],

@@ -125,7 +125,7 @@ def test_a_pipe_is_named():
     os.mkfifo("pipe")
     Path("folder").mkdir()
     for pattern in ("pipe", "[fp]*"):
-        with pytest.raises(UserError, match=r"matches no regular file \(\w+ is none\)"):
+        with pytest.raises(UserError, match=r"matches no regular file \(found \w+\)"):
             list_files([pattern])
 
 

@@ -170,7 +170,7 @@ def test_an_export_replaces_an_export_and_nothing_else(trained, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("irreplaceable")
-    with pytest.raises(UserError, match="exists and is no earlier export"):
+    with pytest.raises(UserError, match="exists and is not an earlier export"):
         main([str(path), "last.ckpt", "--output", str(foreign)])
     assert (foreign / "thesis.tex").read_text() == "irreplaceable"
     assert not [p for p in run_dir.iterdir() if p.name.startswith(".")]
@@ -188,7 +188,7 @@ def test_a_file_of_the_user_s_in_an_earlier_export_is_kept(trained, tmp_path):
     main([str(path), "last.ckpt", "--output", str(output), "--format", "adapter"])
     assert not (output / "model.safetensors").exists()
     (output / "bloomft_export.json").write_text("[" * 10**5)
-    with pytest.raises(UserError, match="exists and is no earlier export"):
+    with pytest.raises(UserError, match="exists and is not an earlier export"):
         main([str(path), "last.ckpt", "--output", str(output)])
 
 

@@ -155,7 +155,7 @@ def test_another_base_model_is_refused(settings, config_path, base_folder, tmp_p
     model.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(tmp_path / "other")
     settings["model"]["transformer"]["pretrained_model_name_or_path"] = str(tmp_path / "other")
-    with pytest.raises(UserError, match=r"trained on the base model .* but .*other \(\w{8}\) is another one"):
+    with pytest.raises(UserError, match=r"trained on the base model .* but .*other \(\w{8}\) is a different"):
         train(load_config(config_path(settings)))
 
 

@@ -33,7 +33,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(settings, 
     leftover.write_bytes(b"being written")
     for resume in ("auto", "never"):
         config.train.resume = resume
-        with pytest.raises(UserError, match=rf"run: process {other.pid} on \S+ trains there now; wait"):
+        with pytest.raises(UserError, match=rf"run: process {other.pid} on \S+ is training there; wait"):
             train(config)
     # Not even a leftover is touched while another holds the folder.
     assert sorted(path.name for path in folder.iterdir()) == [leftover.name, LOCK]
@@ -51,7 +51,7 @@ def test_an_earlier_run_moves_aside_and_the_new_folder_is_held_too(settings, con
     with exclusive_folder(folder, anew=True):
         assert (folder.with_name("run.1") / "step-2.ckpt").exists()
         for held in (folder, folder.with_name("run.1")):
-            with pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ trains there now"):
+            with pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ is training there"):
                 exclusive_folder(held, anew=False).__enter__()
     with exclusive_folder(folder, anew=False) as notes:
         assert notes == []

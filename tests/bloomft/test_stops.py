@@ -58,7 +58,7 @@ def signal_at(monkeypatch, number, owner, name, call, after=False):
 
 def held_step(text: str) -> int:
     """The step that the one line about the stop names."""
-    found = re.findall(r"stopped; \S+last\.ckpt holds step (\d+) of 12; the same command goes on", text)
+    found = re.findall(r"stopped; \S+last\.ckpt holds step (\d+) of 12; the same command resumes", text)
     assert len(found) == 1, text
     return int(found[0])
 
