@@ -24,7 +24,7 @@ gpu-check: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p lorakernels
+	$(BIN)/mypy -p lorakernels -p bloomft
 
 clean:
 	rm -rf $(VENV)
