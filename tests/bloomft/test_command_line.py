@@ -82,25 +82,25 @@ def test_export_and_generate_usage(fail, settings, config_path):
     assert "unrecognized arguments: --fast" in fail(generate, path, "--prompt", "x", "--fast")
 
 
-@pytest.mark.parametrize("command", [export, generate])
+@pytest.mark.parametrize("module", [export, generate])
 def test_the_other_commands_look_for_the_device_first(
-    fail, settings, config_path, monkeypatch, command, tmp_path
+    fail, settings, config_path, monkeypatch, module, tmp_path
 ):
-    owner = generation if command is generate else command
+    owner = generation if module is generate else module
     monkeypatch.setattr(owner, "load_base", lambda _: pytest.fail("a base was loaded"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.ckpt").write_text("")
-    more = ["--prompt", "x"] if command is generate else ["--output", "out"]
-    assert "no CUDA device" in fail(command, config_path(settings), "last.ckpt", *more, "train.device=cuda")
+    more = ["--prompt", "x"] if module is generate else ["--output", "out"]
+    assert "no CUDA device" in fail(module, config_path(settings), "last.ckpt", *more, "train.device=cuda")
 
 
-@pytest.mark.parametrize("command", [export, generate])
-def test_names_of_300_characters(fail, settings, config_path, command):
-    more = ["--prompt", "x"] if command is generate else []
+@pytest.mark.parametrize("module", [export, generate])
+def test_names_of_300_characters(fail, settings, config_path, module):
+    more = ["--prompt", "x"] if module is generate else []
     name = "x" * 300
-    assert "File name too long" in fail(command, name, name, *more)
-    assert "unknown key" in fail(command, config_path(settings), "last.ckpt", *more, f"{name}=3")
-    if command is export:
+    assert "File name too long" in fail(module, name, name, *more)
+    assert "unknown key" in fail(module, config_path(settings), "last.ckpt", *more, f"{name}=3")
+    if module is export:
         assert "File name too long" in fail(
             export, config_path(settings), config_path(settings), "--output", name
         )

@@ -59,10 +59,10 @@ def test_a_missing_or_empty_prompt(settings, config_path):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
-def test_an_export_is_read_with_its_own_base_alone(trained, say, base_copy, kind):
+def test_an_export_is_read_with_its_own_base_alone(trained, say, base_folder, base_copy, kind):
     path, _ = trained
     export.main([str(path), "last.ckpt", "--format", kind])
-    model = BloomForCausalLM.from_pretrained(base_copy)
+    model = BloomForCausalLM.from_pretrained(base_folder)
     with torch.no_grad():
         model.transformer.ln_f.weight[3] += 1
     model.save_pretrained(base_copy)

@@ -138,7 +138,7 @@ def test_what_was_skipped_is_counted_on_a_cached_run_too(run, corpus, capsys):
     folder = run(optim__scheduler__num_training_steps=2).run_dir
     run(optim__scheduler__num_training_steps=3)
     for shown in (capsys.readouterr().err, (folder / "log").read_text()):
-        assert shown.count("(skipped: 1 with invalid UTF-8, 1 empty)") == 2
+        assert shown.count("data: 40 documents in 42 files (skipped: 1 with invalid UTF-8, 1 empty)") == 2
 
 
 def test_no_held_out_text(run):

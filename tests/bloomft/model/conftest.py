@@ -61,7 +61,7 @@ def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
-    error = relative_error(actual, expected)
+    error = relative_error(actual.detach(), expected.detach())
     assert error < tolerance, f"relative error {error:.2e}"
 
 

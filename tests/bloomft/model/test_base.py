@@ -205,5 +205,5 @@ def test_a_hub_model_in_the_download_cache(sharded, base_folder, tmp_path, monke
     change_json(repository / "snapshots" / commit / "config.json", n_layer=1)
     with pytest.raises(UserError, match=r"snapshots/.*safetensors: 2 layers are stored, .*n_layer 1"):
         load("me/bloom", cache_dir=str(hub))
-    with pytest.raises(UserError, match="me/other: not a local base_copy, and it could not be downloaded"):
+    with pytest.raises(UserError, match="me/other: not a local folder, and it could not be downloaded"):
         load("me/other", cache_dir=str(hub))

@@ -53,9 +53,7 @@ def test_resuming_from_every_checkpoint_ends_in_the_same_bits(run, settings, tmp
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (2, 1), (3, 2)])
-def test_another_batch_size_neither_skips_nor_repeats_rows(
-    run, settings, monkeypatch, batch_size, accumulate
-):
+def test_another_batch_size_neither_skips_nor_repeats_rows(run, monkeypatch, batch_size, accumulate):
     taken = []
     batch = PackedDataset.batch
 
@@ -65,15 +63,15 @@ def test_another_batch_size_neither_skips_nor_repeats_rows(
 
     monkeypatch.setattr(PackedDataset, "batch", note)
     run(optim__scheduler__num_training_steps=5)
-    settings["train"] |= {"batch_size": batch_size, "accumulate_grad_batches": accumulate}
-    result = run(optim__scheduler__num_training_steps=9)
+    cut = {"train__batch_size": batch_size, "train__accumulate_grad_batches": accumulate}
+    result = run(optim__scheduler__num_training_steps=9, **cut)
     assert taken == list(range(5 * 4 + 4 * batch_size * accumulate))
     assert load_checkpoint(result.run_dir / "last.ckpt").position == len(taken)
 
 
-def test_another_base_model_is_refused(run, base_copy):
+def test_another_base_model_is_refused(run, base_folder, base_copy):
     run()
-    model = BloomForCausalLM.from_pretrained(base_copy)
+    model = BloomForCausalLM.from_pretrained(base_folder)
     with torch.no_grad():
         model.transformer.h[1].mlp.dense_4h_to_h.bias += 1e-3
     model.save_pretrained(base_copy)
