@@ -1,6 +1,10 @@
 """A base model, a tokenizer and a run small enough to train in seconds."""
 
+import fcntl
+import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,7 +12,11 @@ import yaml
 from tokenizers import ByteLevelBPETokenizer
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
+from bloomft.command_line import run_command
+from bloomft.config.loading import load_config
+from bloomft.errors import EXIT_MISTAKE
 from bloomft.model.base import quiet_transformers
+from bloomft.train import TrainResult, train
 
 SENTENCES = [
     "Install the package with pip and read the documentation.",
@@ -117,3 +125,70 @@ def config_path(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def run(settings, config_path):
+    """Trains in this process, with changes like ``train__batch_size=2``, which stay for later calls."""
+
+    def run(**changes) -> TrainResult:
+        for path, value in changes.items():
+            *parents, name = path.split("__")
+            node = settings
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = value
+        return train(load_config(config_path(settings)))
+
+    return run
+
+
+@pytest.fixture
+def trained(run, tmp_path) -> tuple[Path, Path]:
+    """A finished run: its configuration's path and the run's folder."""
+    return tmp_path / "run.yaml", run().run_dir
+
+
+@pytest.fixture
+def base_copy(base_folder, tmp_path) -> Path:
+    """A copy of the base's folder, to change."""
+    return Path(shutil.copytree(base_folder, tmp_path / "base copy"))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command's module as ``python -m`` does, in this process; returns exit status, stdout, stderr."""
+
+    def command(module: ModuleType, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        status = 0
+        try:
+            run_command(module.main)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def fail(command):
+    """Runs a command that has to end as the user's mistake; returns its one line of error."""
+
+    def fail(module: ModuleType, *arguments: object) -> str:
+        status, _, text = command(module, *arguments)
+        assert status == EXIT_MISTAKE
+        (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        return error
+
+    return fail
+
+
+@pytest.fixture
+def no_locks(monkeypatch) -> None:
+    """A file system without locks."""
+
+    def flock(*_):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM
@@ -20,40 +19,11 @@ from bloomft.model.patch import adapter_state, patch_bloom
 from bloomft.model.peft_format import adapted_layers, load_peft_adapter, load_peft_config
 from bloomft.run.checkpoint import load_checkpoint, save_checkpoint
 from bloomft.run.trained_model import load_trained
-from bloomft.train import train
+from lorakernels.tolerance import relative_error
+from tests.bloomft.peft_models import load_with_peft
+from tests.bloomft.plain_transformers import heldout_loss
 
 IDS = torch.randint(4, 384, (3, 24), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
-def trained(settings, config_path):
-    """A finished run: its configuration's path and the run's folder."""
-    settings["optim"]["scheduler"]["num_training_steps"] = 8
-    path = config_path(settings)
-    return path, train(load_config(path)).run_dir
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def load_with_peft(base_folder, adapter) -> PeftModel:
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter).eval()
-
-
-def plain_heldout_loss(path, folder) -> float:
-    """Of a merged folder: transformers alone, a document at a time, in nats a label."""
-    config = load_config(path)
-    heldout = load_data(config.data, load_base(config.model.transformer).tokenizer).heldout
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    losses = []
-    for batch in heldout.eval_batches(1):
-        (ids,), (documents,) = batch["input_ids"], batch["document_ids"]
-        for text in (ids[documents == number] for number in range(int(documents.max()) + 1)):
-            with torch.no_grad():
-                logits = model(text[None]).logits[0, :-1].float()
-            losses += torch.nn.functional.cross_entropy(logits, text[1:], reduction="none").tolist()
-    return sum(losses) / len(losses)
 
 
 def test_merged_and_peft_agree_with_the_trained_model(trained, base_folder, tmp_path, capsys):
@@ -72,18 +42,16 @@ def test_merged_and_peft_agree_with_the_trained_model(trained, base_folder, tmp_
         tokenizer("pip install")["input_ids"]
         == AutoTokenizer.from_pretrained(base_folder)("pip install")["input_ids"]
     )
-    peft = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "peft"
-    ).eval()
+    peft = load_with_peft(base_folder, tmp_path / "peft")
     base = AutoModelForCausalLM.from_pretrained(base_folder).eval()
     config = load_config(path)
     base_of_the_run, state = load_base(config.model.transformer), load_checkpoint(run_dir / "last.ckpt")
     trained_model = load_trained(base_of_the_run, state, path, torch.device("cpu"))
     with torch.no_grad():
         expected = trained_model(IDS).logits
-        assert relative(merged(IDS).logits, expected) < 1e-5
-        assert relative(peft(IDS).logits, merged(IDS).logits) < 1e-4
-        assert relative(base(IDS).logits, expected) > 1e-2, (
+        assert relative_error(merged(IDS).logits, expected) < 1e-5
+        assert relative_error(peft(IDS).logits, merged(IDS).logits) < 1e-4
+        assert relative_error(base(IDS).logits, expected) > 1e-2, (
             "the adapters must matter for this to mean anything"
         )
 
@@ -98,24 +66,22 @@ def test_merging_in_float32_leaves_the_loss_of_packed_documents(trained, tmp_pat
 
 
 def test_half_precision_base_is_merged_in_float32_and_kept_in_its_dtype(
-    settings, config_path, base_folder, tmp_path
+    run, tmp_path, base_folder, base_copy
 ):
-    folder = tmp_path / "half"
-    AutoModelForCausalLM.from_pretrained(base_folder).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder)
-    settings["model"]["transformer"]["pretrained_model_name_or_path"] = str(folder)
-    path = config_path(settings)
-    run_dir = train(load_config(path)).run_dir
-    shift = export(load_config(path), run_dir / "last.ckpt", tmp_path / "out", "merged")
+    AutoModelForCausalLM.from_pretrained(base_folder).to(torch.bfloat16).save_pretrained(base_copy)
+    run_dir = run(model__transformer__pretrained_model_name_or_path=str(base_copy)).run_dir
+    config = load_config(tmp_path / "run.yaml")
+    shift = export(config, run_dir / "last.ckpt", tmp_path / "out", "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert merged.dtype == torch.bfloat16
     assert 0 < shift.logits < 0.1 * shift.logits_scale
     assert abs(shift.merged_loss - shift.unmerged_loss) < 0.02
-    assert shift.transformers_loss == pytest.approx(plain_heldout_loss(path, tmp_path / "out"), rel=1e-5)
+    heldout = load_data(config.data, load_base(config.model.transformer).tokenizer).heldout
+    assert shift.transformers_loss == pytest.approx(heldout_loss(merged.eval(), heldout), rel=1e-5)
 
     state = load_checkpoint(run_dir / "last.ckpt").adapters
     name = "transformer.h.1.self_attention.query_key_value"
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(base_copy, dtype="auto")
     weight = base.get_parameter(f"{name}.weight").double()
     exact = weight + 2.0 * state[f"{name}.lora_b"].double() @ state[f"{name}.lora_a"].double()
     rounded_once = merged.get_parameter(f"{name}.weight")
@@ -123,21 +89,18 @@ def test_half_precision_base_is_merged_in_float32_and_kept_in_its_dtype(
     assert ((rounded_once.double() - exact).abs() <= 0.51 * ulp + 1e-30).all()
 
 
-def test_parts_are_exported_as_full_rows(settings, config_path, base_folder, tmp_path):
-    settings["model"]["lora"]["parts"] = ["q", "v"]
-    path = config_path(settings)
-    run_dir = train(load_config(path)).run_dir
+def test_parts_are_exported_as_full_rows(run, base_folder, tmp_path):
+    run(model__lora__parts=["q", "v"])
+    path = tmp_path / "run.yaml"
     main([str(path), "last.ckpt", "--format", "adapter", "--output", str(tmp_path / "peft")])
     main([str(path), "last.ckpt", "--output", str(tmp_path / "merged")])
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     rows = tensors["base_model.model.transformer.h.0.self_attention.query_key_value.lora_B.weight"]
     assert rows.view(4, 3, 12, 4).abs().sum((0, 2, 3))[1] == 0
-    peft = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "peft"
-    ).eval()
+    peft = load_with_peft(base_folder, tmp_path / "peft")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert relative(peft(IDS).logits, merged(IDS).logits) < 1e-5
-    assert run_dir.exists()
+    with torch.no_grad():
+        assert relative_error(peft(IDS).logits, merged(IDS).logits) < 1e-5
 
 
 def test_our_own_reader_of_peft_s_format(trained, tmp_path):
@@ -156,10 +119,6 @@ def test_our_own_reader_of_peft_s_format(trained, tmp_path):
     load_peft_adapter(wide, run_dir / "adapter")
     for ours, theirs in zip(adapted_layers(wide).values(), adapted_layers(model).values(), strict=True):
         torch.testing.assert_close(ours.delta_weight(), theirs.delta_weight(), rtol=1e-5, atol=1e-7)
-    about = run_dir / "adapter" / "adapter_config.json"
-    about.write_text(json.dumps({**json.loads(about.read_text()), "use_dora": True}))
-    with pytest.raises(UserError, match="only plain LoRA"):
-        load_peft_config(run_dir / "adapter")
 
 
 def test_an_export_replaces_an_export_and_nothing_else(trained, tmp_path):

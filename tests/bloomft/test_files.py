@@ -4,13 +4,14 @@ import errno
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from bloomft import files
 from bloomft.errors import UserError
-from bloomft.files import folder_written_aside
+from bloomft.files import AppendedFile, folder_written_aside
 
 OLD, NEW = {"a": "old", "only-old": "old"}, {"a": "new", "b": "new"}
 
@@ -159,3 +160,12 @@ def test_the_scratch_folder_of_a_living_process_stays(tmp_path):
         assert scratch.is_dir()
         fill(scratch, OLD)
     assert content(tmp_path / "out") == OLD
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_device_that_is_full(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    file = AppendedFile(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+        file.append("line\n")
+    file.close()

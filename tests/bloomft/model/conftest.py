@@ -1,0 +1,85 @@
+"""Models of several shapes, and how a patched one is compared with plain transformers."""
+
+import collections
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BloomForCausalLM, Trainer, TrainingArguments
+
+from bloomft.model.patch import adapted_layers, adapter_state, patch_bloom, unpatch_bloom
+from lorakernels.tolerance import relative_error
+from tests.bloomft.conftest import tiny_model
+
+SHAPES = {
+    "plain": {},
+    "post_layernorm": {"apply_residual_connection_post_layernorm": True},
+    "six_heads": {"n_head": 6, "hidden_size": 48},
+    "three_heads": {"n_head": 3, "hidden_size": 48},
+}
+
+
+@pytest.fixture(params=SHAPES, ids=list(SHAPES))
+def model(request) -> BloomForCausalLM:
+    return tiny_model(**SHAPES[request.param])
+
+
+def with_trained_adapters(model: BloomForCausalLM, **options) -> BloomForCausalLM:
+    """Patched, with lora_b away from zero, so that the adapters matter."""
+    patch_bloom(model, **{"r": 4, "scale": 2.0, **options})
+    generator = torch.Generator().manual_seed(5)
+    for name, value in adapter_state(model).items():
+        if name.endswith("lora_b"):
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+    return model
+
+
+def plain_twin(patched: BloomForCausalLM) -> BloomForCausalLM:
+    """The same function as plain transformers: adapters added to the weights in float64."""
+    twin = copy.deepcopy(patched).double()
+    for layer in adapted_layers(twin).values():
+        layer.weight.data += layer.scale * (layer.full_lora_b() @ layer.lora_a)
+    return unpatch_bloom(twin).float()
+
+
+class CountCalls(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Random ids, without the special ones."""
+    return torch.randint(4, 384, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    error = relative_error(actual.detach(), expected.detach())
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def trainer(model, folder, options, **more) -> Trainer:
+    """transformers' Trainer of two steps on four rows of 15 tokens."""
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "max_steps": 2,
+            "learning_rate": 0.1,
+            "optim": "sgd",
+            "report_to": [],
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 2,
+            **options,
+        }
+    )
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 15, seed=3)]
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, **more)

@@ -1,0 +1,33 @@
+"""The ``bloomft`` command: the commands under one name."""
+
+import pytest
+
+import bloomft.__main__ as main_module
+from bloomft import export, generate
+from bloomft.command_line import COMMANDS
+from tests.bloomft.python_process import finish, run_python, start_python
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], []], ids=" ".join)
+def test_help_names_every_command(words):
+    output = run_python("-m", "bloomft", *words)
+    listed = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
+    assert listed == list(COMMANDS)
+
+
+def test_an_unknown_command_is_the_user_s_mistake():
+    status, output, errors = finish(start_python("-m", "bloomft", "trian", "run.yaml"))
+    assert (status, output) == (2, "")
+    assert errors == "error: bloomft: no command 'trian'; did you mean train?\n"
+
+
+def test_a_name_like_no_command_is_answered_with_all_of_them(fail):
+    assert fail(main_module, "xyz") == f"error: bloomft: no command 'xyz'; there are {', '.join(COMMANDS)}"
+
+
+@pytest.mark.parametrize("module", [export, generate])
+def test_what_follows_the_name_is_the_command_s_own(command, module):
+    name = module.__name__.removeprefix("bloomft.")
+    for words in (["--help"], [], ["run.yaml", "--no-such-option"]):
+        assert command(main_module, name, *words) == command(module, *words)
+    assert command(main_module, name, "--help")[0] == 0
