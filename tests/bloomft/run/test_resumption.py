@@ -75,7 +75,7 @@ def test_another_base_model_is_refused(run, base_folder, base_copy):
     with torch.no_grad():
         model.transformer.h[1].mlp.dense_4h_to_h.bias += 1e-3
     model.save_pretrained(base_copy)
-    with pytest.raises(UserError, match=r"trained on the base model .* but .*copy \(\w{8}\) is another one"):
+    with pytest.raises(UserError, match=r"trained on the base model .* but .*copy \(\w{8}\) is a different"):
         run(model__transformer__pretrained_model_name_or_path=str(base_copy))
 
 
