@@ -22,10 +22,8 @@ def test_an_unknown_command_is_the_user_s_mistake():
 
 
 def test_a_name_like_no_command_is_answered_with_all_of_them(fail):
-    assert (
-        fail(main_module, "xyz")
-        == f"error: bloomft: no command 'xyz'; the commands are {', '.join(COMMANDS)}"
-    )
+    names = ", ".join(COMMANDS)
+    assert fail(main_module, "xyz") == f"error: bloomft: no command 'xyz'; the commands are {names}"
 
 
 @pytest.mark.parametrize("module", [export, generate])
