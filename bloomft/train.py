@@ -83,11 +83,12 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
     run, rows, heldout, settings = job.run, job.data.train, job.data.heldout, config.train
     total = config.optim.scheduler.num_training_steps
     batch_size, accumulate = settings.batch_size, settings.accumulate_grad_batches
+    # before the first evaluation: afterwards its buffers would not fit the holes between the model's tensors
+    cost, limit = StepCost.of(run.model), gemm_rate(run.model.device, run.model.dtype)
     if run.step == 0 and run.base_eval_loss is None and heldout is not None and not stop:
         run.base_eval_loss = _evaluate(job, heldout, settings, log)
         log.message(f"held-out loss of the base: {run.base_eval_loss:.4f}")
         log.track(0, eval_loss=run.base_eval_loss)
-    cost, limit = StepCost.of(run.model), gemm_rate(run.model.device, run.model.dtype)
     eval_loss = None
     run.prepare(batch_size * config.data.max_length)
     while run.step < total and not stop:
