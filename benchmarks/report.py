@@ -3,7 +3,8 @@
 JSON files are those of ``pytest benchmarks --benchmark-only --benchmark-json=FILE``; without one, those under
 benchmarks/results/<machine>. If two files hold the same case, the later one counts. Writes report.md and
 the plots next to the first file, and the figures of docs/benchmarks.md between their two markers. With
---compare nothing is written: cases of ours whose ratio got worse beyond the noise are listed, and the exit status is then 1.
+--compare nothing is written: cases of ours whose ratio got worse beyond the noise are listed, and the exit
+status is then 1.
 """
 
 import argparse
@@ -141,7 +142,8 @@ def with_figures(page: str, cases: dict[str, dict], pictures: Sequence[str], fol
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{PAGE}: expected the markers {BEGIN.strip()} and {END.strip()}")
-    return head + BEGIN + figures(cases, pictures, os.path.relpath(folder.resolve(), PAGE.parent)) + END + tail
+    seen_from_page = os.path.relpath(folder.resolve(), PAGE.parent)
+    return head + BEGIN + figures(cases, pictures, seen_from_page) + END + tail
 
 
 def figures(cases: dict[str, dict], pictures: Sequence[str], folder: str) -> str:
