@@ -109,9 +109,9 @@ def folder(tmp_path, base_folder, monkeypatch) -> Path:  # noqa: F811
 
 
 def run_shell(code: str, command) -> None:  # noqa: F811
-    """Plain commands of bloomft alone run in this process, which saves their start; any other block in bash."""
+    """Plain commands of bloomft alone run in this process, which saves their start; other blocks in bash."""
     lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
-    plain = re.compile(rf"python -m bloomft\.({'|'.join(COMMANDS)})( [^|&;<>*$`()]*)?")
+    plain = re.compile(rf"python -m bloomft\.({'|'.join(COMMANDS)})( [^|&;<>*?$`(){{}}~]*)?")
     if all(plain.fullmatch(" ".join(words)) for words in lines):
         for _, _, module, *words in lines:
             status, output, errors = command(importlib.import_module(module), *words)
@@ -158,7 +158,7 @@ def test_links_resolve(page):
 @each_page
 def test_named_paths_exist(page):
     pattern = r"(?<![\w/.-])(?:configs|benchmarks|tests|bloomft|lorakernels|docs)/[\w./-]*[\w/]"
-    missing = [name for name in re.findall(pattern, prose(page)) if not (ROOT / name).exists()]
+    missing = [name for name in re.findall(pattern, page.read_text("utf-8")) if not (ROOT / name).exists()]
     assert missing == []
 
 
