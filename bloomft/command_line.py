@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from bloomft.config.keys import Config
 from bloomft.config.loading import load_config
-from bloomft.errors import EXIT_MISTAKE, EXIT_STOPPED, Stopped, UserError
+from bloomft.errors import EXIT_STOPPED, EXIT_USAGE, Stopped, UserError
 
 # Each is a module of this package with a function main(arguments).
 COMMANDS = {
@@ -35,7 +35,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
+        sys.exit(EXIT_USAGE)
     except Stopped as stopped:
         print(_one_line(stopped), file=sys.stderr)
         sys.exit(EXIT_STOPPED)

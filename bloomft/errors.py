@@ -1,6 +1,6 @@
 """How a command fails: by the user's mistake, or because a signal stopped it."""
 
-EXIT_MISTAKE = 2
+EXIT_USAGE = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, resumes
 
 

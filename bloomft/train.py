@@ -61,7 +61,7 @@ def train(config: Config) -> TrainResult:
     device = pick_device(config.train.device)
     check_early(config)
     run_dir = config.train.run_dir
-    with stop_signals() as stop, exclusive_folder(run_dir, anew=config.train.resume == "never") as notes:
+    with stop_signals() as stop, exclusive_folder(run_dir, fresh=config.train.resume == "never") as notes:
         kept = _kept(run_dir / LAST)
         with stop.at_once(f"stopped before training began; {kept}; the same command starts again"):
             job = set_up(config, device)
@@ -86,19 +86,19 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
     if run.step == 0 and run.base_eval_loss is None and heldout is not None and not stop:
         run.base_eval_loss = _evaluate(job, heldout, settings, log)
         log.message(f"held-out loss of the base: {run.base_eval_loss:.4f}")
-        log.board(0, eval_loss=run.base_eval_loss)
+        log.track(0, eval_loss=run.base_eval_loss)
     cost, limit = StepCost.of(run.model), gemm_rate(run.model.device, run.model.dtype)
     eval_loss = None
-    run.begin(batch_size * config.data.max_length)
+    run.prepare(batch_size * config.data.max_length)
     while run.step < total and not stop:
         batches = [rows.batch(run.position + i * batch_size, batch_size) for i in range(accumulate)]
         counts = sum((BatchCounts.of(batch) for batch in batches), BatchCounts())
         for batch in batches:
-            run.micro_batch(batch, counts.labels)
+            run.forward_backward(batch, counts.labels)
         run.window.add(counts)
-        run.finish_gradients(settings.gradient_clip_val)
+        run.reduce_gradients(settings.gradient_clip_val)
         lr = run.lr
-        run.update(accumulate * batch_size)
+        run.optimizer_step(accumulate * batch_size)
         log.advance(run.step)
 
         ends = run.step == total
@@ -116,7 +116,7 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
                 values["skipped_steps"] = run.skipped
             if evaluated is not None:
                 values["eval_loss"] = eval_loss = _evaluate(job, evaluated, settings, log)
-                run.evaluated(eval_loss)
+                run.step_on_metric(eval_loss)
             log.kernels()
             log.record(run.step, **values)
             run.window.clear()

@@ -1,13 +1,10 @@
-"""BLOOM's own classes with fused parts: subclasses that `patch` swaps in and out of a live model."""
+"""BLOOM's trunk and its loss with fused operations: subclasses that `patch` swaps in and out."""
 
-import contextlib
 import functools
-import math
 import os
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +25,6 @@ from transformers.models.bloom.modeling_bloom import (
     BloomAttention,
     BloomBlock,
     BloomForCausalLM,
-    BloomGelu,
     BloomMLP,
     BloomModel,
 )
@@ -37,132 +33,27 @@ from transformers.utils.deprecation import deprecate_kwarg
 from bloomft.batch import IGNORE_INDEX
 from bloomft.files import make_folder
 from bloomft.model.document_bias import document_bias
+from bloomft.model.fused_block import (
+    FusedBloomAttention,
+    FusedBloomBlock,
+    FusedBloomMLP,
+    FusedInputs,
+    FusedLinear,
+    takes_fused_inputs,
+)
 from bloomft.model.peft_format import adapted_layers, holds_adapters, save_peft_adapter
 from bloomft.model.plain_modules import is_plain
 from bloomft.process import release_freed_memory
 from lorakernels import (
     AttentionMask,
-    alibi_attention,
     alibi_slopes,
     attention_mask,
-    frozen_linear,
     linear_cross_entropy,
 )
 
 # Freed memory is returned after every so many blocks: what a block frees lies between what it saves, in holes
 # that glibc cannot give to aligned tensors of the same size. After every block, fresh pages would cost more.
 RELEASE_EVERY = 8
-
-
-class _FusedInputs(NamedTuple):
-    """Passed in place of transformers' alibi tensor when attention takes the fused path."""
-
-    slopes: Tensor  # [heads] float32
-    mask: AttentionMask | None  # of the rows' documents; None for queries that follow cached keys
-    recompute_input: Callable[[], Tensor] | None = None  # of attention, in backward; None: saved instead
-
-
-class FusedBloomAttention(BloomAttention):
-    """BLOOM's attention through `alibi_attention`; transformers' own path for everything that needs it."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        residual: Tensor,
-        alibi: Tensor | _FusedInputs,
-        attention_mask: Tensor,
-        layer_past: Cache | None = None,
-        use_cache: bool = False,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `BloomAttention.forward`; fused when ``alibi`` is a `_FusedInputs`."""
-        if not isinstance(alibi, _FusedInputs):
-            return super().forward(
-                hidden_states,
-                residual,
-                alibi,
-                attention_mask,
-                layer_past,
-                use_cache,
-                output_attentions,
-                **kwargs,
-            )
-        with _recomputed(hidden_states, alibi.recompute_input):
-            fused = self.query_key_value(hidden_states)
-        fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
-        # unbind, since its backward writes the three gradients into one tensor, in one pass
-        query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
-        if layer_past is not None:
-            key, value = layer_past.update(key, value, self.layer_idx)  # type: ignore[arg-type]  # never None in a model
-        context = alibi_attention(query, key, value, alibi.slopes, mask=alibi.mask)
-        context = context.transpose(1, 2).flatten(2)  # [B, T, H]
-        output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
-        return _add_residual(self.dense, output, residual), None
-
-    def is_fusable(self) -> bool:
-        """Whether `alibi_attention` is what transformers computes with this module's settings."""
-        dropout = self.attention_dropout
-        return (
-            is_plain(dropout, nn.Dropout)
-            and not (dropout.training and dropout.p > 0)
-            and not (self.slow_but_exact and self.pretraining_tp > 1)
-            and (self.beta, self.inv_norm_factor) == (1.0, 1.0 / math.sqrt(self.head_dim))
-        )
-
-
-class FusedBloomBlock(BloomBlock):
-    """BLOOM's block; the layer norm before query_key_value is recomputed in backward, not saved."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        alibi: Tensor | _FusedInputs,
-        attention_mask: Tensor,
-        layer_past: Cache | None = None,
-        use_cache: bool = False,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `BloomBlock.forward`; fused when ``alibi`` is a `_FusedInputs`."""
-        norm = self.input_layernorm
-        # A compiler decides for itself what to save.
-        if isinstance(alibi, _FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
-            alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
-        unread = cast(Tensor, alibi)  # BloomBlock only passes it on to attention
-        return super().forward(
-            hidden_states, unread, attention_mask, layer_past, use_cache, output_attentions, **kwargs
-        )
-
-
-class FusedBloomMLP(BloomMLP):
-    """BLOOM's feed-forward layer with GELU in one pass each way, nothing saved but its input.
-
-    BLOOM's 0.79788456 and torch's sqrt(2/pi) are the same float32.
-    """
-
-    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        """As `BloomMLP.forward`."""
-        sliced = self.pretraining_tp > 1 and self.slow_but_exact
-        if sliced or not is_plain(self.gelu_impl, BloomGelu):
-            return super().forward(hidden_states, residual)
-        inner, down = self.dense_h_to_4h(hidden_states), self.dense_4h_to_h
-        if is_plain(down, FusedLinear) and _is_frozen(down.weight, down.bias):
-            output = frozen_linear(inner, down.weight, down.bias, gelu=True)
-        else:
-            output = down(nn.functional.gelu(inner, approximate="tanh"))
-        output = nn.functional.dropout(output, self.hidden_dropout, self.training)
-        return _add_residual(down, output, residual)
-
-
-class FusedLinear(nn.Linear):
-    """A linear layer that, once frozen, saves nothing and multiplies in the faster precision."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N]."""
-        weight, bias = self.weight, self.bias  # read once, since a parametrization recomputes it each time
-        linear = frozen_linear if _is_frozen(weight, bias) else nn.functional.linear
-        return linear(x, weight, bias)
 
 
 class FusedBloomModel(BloomModel):
@@ -190,7 +81,7 @@ class FusedBloomModel(BloomModel):
         cached = use_cache or cache is not None
         if cached and document_ids is not None:
             raise ValueError("document_ids: packed rows have no key-value cache; pass use_cache=False")
-        eager = output_attentions or _has_holes(attention_mask) or not all(map(_takes_fused_inputs, self.h))
+        eager = output_attentions or _has_holes(attention_mask) or not all(map(takes_fused_inputs, self.h))
         # in training mode transformers itself decides what happens to a cache
         eager = eager or (cached and (self.training or not _only_grows(cache)))
         if eager and document_ids is None:
@@ -212,12 +103,12 @@ class FusedBloomModel(BloomModel):
         slopes = alibi_slopes(self.num_heads, device=hidden.device)
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
-        alibi: Tensor | _FusedInputs
+        alibi: Tensor | FusedInputs
         mask: Tensor | None
         if eager and document_ids is not None:  # without document_ids it has returned above
             alibi, mask = document_bias(slopes, document_ids, attention_mask, hidden.dtype)
         else:
-            alibi, mask = _FusedInputs(slopes, self._mask(document_ids, hidden, cache)), None
+            alibi, mask = FusedInputs(slopes, self._mask(document_ids, hidden, cache)), None
 
         every_hidden = [hidden]
         every_attention = []
@@ -446,51 +337,6 @@ FUSED_CLASSES = {
     BloomMLP: FusedBloomMLP,
     nn.Linear: FusedLinear,
 }
-
-
-def _is_frozen(weight: Tensor, bias: Tensor | None) -> bool:
-    return not (weight.requires_grad or (bias is not None and bias.requires_grad))
-
-
-def _takes_fused_inputs(block: nn.Module) -> bool:
-    """Whether block, or what it wraps, hands `_FusedInputs` to an attention that may use them."""
-    attention = getattr(block, "self_attention", None)
-    return isinstance(attention, FusedBloomAttention) and attention.is_fusable()
-
-
-def _recomputed(
-    output: Tensor, recompute: Callable[[], Tensor] | None
-) -> contextlib.AbstractContextManager[object]:
-    """Inside, ``recompute`` is saved for the backward pass in place of ``output``, and computes it there.
-
-    Not under autocast, which would not be active in backward.
-    """
-    if recompute is None or torch.is_autocast_enabled(output.device.type):
-        return contextlib.nullcontext()
-
-    # weak, since the hooks live as long as what they have packed
-    reference = weakref.ref(output)
-
-    def pack(saved: Tensor) -> Tensor | None:
-        return None if saved is reference() else saved
-
-    def unpack(packed: Tensor | None) -> Tensor:
-        if packed is not None:
-            return packed
-        with torch.no_grad():
-            return recompute()
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
-    """layer's output + residual, in place where that is safe.
-
-    Not where autocast has made their dtypes differ, nor where others may hold the output: selective
-    checkpointing saves what an adapted layer returned, and hooks may keep theirs.
-    """
-    in_place = is_plain(layer, FusedLinear) and output.dtype == residual.dtype
-    return output.add_(residual) if in_place else output + residual
 
 
 def _fragments(hidden: Tensor) -> bool:

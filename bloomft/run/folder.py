@@ -17,16 +17,16 @@ _WRITTEN_HERE = re.compile("|".join([re.escape(LAST), STEP_FILE.pattern, *map(re
 
 
 @contextlib.contextmanager
-def exclusive_folder(folder: Path, *, anew: bool) -> Iterator[list[str]]:
+def exclusive_folder(folder: Path, *, fresh: bool) -> Iterator[list[str]]:
     """Create ``folder`` and lock it for this process; yields lines for the log.
 
-    With ``anew`` an earlier run in it is moved as a whole, to ``<folder>.1`` or the next free number. What
+    With ``fresh`` an earlier run in it is moved as a whole, to ``<folder>.1`` or the next free number. What
     killed processes left unfinished is removed. Raises `UserError` if another process holds the folder,
     naming it, or if it cannot be written.
     """
     with contextlib.ExitStack() as locks:
         notes = locks.enter_context(_held(folder))
-        if anew and list_checkpoints(folder):
+        if fresh and list_checkpoints(folder):
             taken = (folder.with_name(f"{folder.name}.{n}") for n in range(1, 10**6))
             try:
                 folder.rename(next(path for path in taken if not path.exists()))

@@ -15,7 +15,7 @@ from bloomft.config.keys import Config
 from bloomft.config.loading import config_to_yaml
 from bloomft.errors import UserError
 from bloomft.files import AppendedFile, write_atomically
-from bloomft.run.boards import WANDB_ID, open_board
+from bloomft.run.trackers import WANDB_ID, open_tracker
 from lorakernels import kernel_report
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
@@ -38,7 +38,7 @@ class RunLog:
         self._metrics = AppendedFile(self.folder / METRICS)
         self._log = AppendedFile(self.folder / "log")
         self._kernels = ""
-        self._board = open_board(config, self.folder, step)
+        self._tracker = open_tracker(config, self.folder, step)
         self._console = Console(stderr=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -65,8 +65,8 @@ class RunLog:
         finally:
             self._metrics.close()
             self._log.close()
-            if self._board is not None:
-                self._board.close()
+            if self._tracker is not None:
+                self._tracker.close()
 
     def message(self, text: str) -> None:
         """One line on the terminal and, with the time, in the log file."""
@@ -87,7 +87,7 @@ class RunLog:
             self._bar.remove_task(task)
 
     def record(self, step: int, **values: float) -> None:
-        """One line of metrics.jsonl, the same in words, and the same to the chosen board."""
+        """One line of metrics.jsonl, the same in words, and the same to the chosen tracker."""
         line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
         self._metrics.append(json.dumps(line) + "\n")
         words = _in_words(line)
@@ -95,12 +95,12 @@ class RunLog:
         self._log.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} step {step}  {words}\n")
         if not self._console.is_terminal or "eval_loss" in line:
             self._console.print(f"step {step}  {words}", markup=False, soft_wrap=True)
-        self.board(step, **values)
+        self.track(step, **values)
 
-    def board(self, step: int, **values: float) -> None:
+    def track(self, step: int, **values: float) -> None:
         """Values for W&B or TensorBoard alone."""
-        if self._board is not None:
-            self._board.write(step, values)
+        if self._tracker is not None:
+            self._tracker.write(step, values)
 
     def kernels(self) -> None:
         """Which implementation each operator took, in the log file, if it has changed."""
@@ -112,8 +112,8 @@ class RunLog:
         """Make everything written so far durable; a checkpoint that follows may rely on it."""
         self._metrics.sync()
         self._log.sync()
-        if self._board is not None:
-            self._board.flush()
+        if self._tracker is not None:
+            self._tracker.flush()
 
 
 def _plain(value: float) -> float | int | None:

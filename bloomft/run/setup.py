@@ -47,10 +47,10 @@ def set_up(config: Config, device: torch.device) -> Job:
     Raises `UserError` for whatever the user can correct.
     """
     resumption = find_resumption(config)
-    base = load_base(config.model.transformer)
-    torch.manual_seed(config.data.random_state)
     dtype = pick_dtype(config.train.precision, device)
     least_tokens = config.train.batch_size * (config.data.max_length if config.data.packing else 2)
+    base = load_base(config.model.transformer)
+    torch.manual_seed(config.data.random_state)
     model = patch_base(base, config.model.lora, device, dtype, least_tokens)
     checkpoint_blocks(model, config.train.gradient_checkpointing)
     if config.train.compile:

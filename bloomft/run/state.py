@@ -22,7 +22,7 @@ from lorakernels import kernel_choices, use_kernel_choices
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Window:
+class LogWindow:
     """What the steps since the last line of metrics.jsonl add up to.
 
     Attributes:
@@ -88,7 +88,7 @@ class RunState:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
         self.step = self.skipped = self.position = 0
         self.grad_norm = torch.zeros((), device=model.device)
-        self.window = Window(model.device)
+        self.window = LogWindow(model.device)
         self.base_eval_loss: float | None = None
 
     @property
@@ -96,14 +96,14 @@ class RunState:
         """The learning rate of the coming step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def begin(self, tokens: int) -> None:
+    def prepare(self, tokens: int) -> None:
         """Prepare for steps with micro-batches of ``tokens`` tokens: the layers choose their kernels."""
         self.model.train()
         for layer in adapted_layers(self.model).values():
             layer.prepare(tokens)
         self.window.start_clock()
 
-    def micro_batch(self, batch: Batch, labels: int) -> None:
+    def forward_backward(self, batch: Batch, labels: int) -> None:
         """Forward and backward of one micro-batch, the one place for them.
 
         ``labels`` counts those of the whole step: its loss and gradients do not depend on how it is cut.
@@ -113,7 +113,7 @@ class RunState:
         self.scaler.scale(loss).backward()
         self.window.loss += loss.detach() * labels
 
-    def finish_gradients(self, clip: float) -> None:
+    def reduce_gradients(self, clip: float) -> None:
         """The one place that completes the gradients of a step, once all micro-batches are in them.
 
         A sum over several processes belongs before the rest: unscaling, their norm, and clipping to ``clip``
@@ -127,7 +127,7 @@ class RunState:
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip or math.inf)
 
-    def update(self, rows: int) -> None:
+    def optimizer_step(self, rows: int) -> None:
         """Take the optimizer step of ``rows`` rows, count it, and advance a schedule of steps.
 
         A step that fp16's scaler skips, known only after waiting for the device, does not advance it.
@@ -141,7 +141,7 @@ class RunState:
             self.scheduler.step()
         self.skipped = skipped
 
-    def evaluated(self, loss: float) -> None:
+    def step_on_metric(self, loss: float) -> None:
         """Advance a schedule that follows the held-out loss."""
         if not isinstance(self.scheduler, LambdaLR):
             self.scheduler.step(loss)

@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from bloomft.command_line import run_command
 from bloomft.config.loading import load_config
-from bloomft.errors import EXIT_MISTAKE
+from bloomft.errors import EXIT_USAGE
 from bloomft.model.base import quiet_transformers
 from bloomft.train import TrainResult, train
 
@@ -177,7 +177,7 @@ def fail(command):
 
     def fail(module: ModuleType, *arguments: object) -> str:
         status, _, text = command(module, *arguments)
-        assert status == EXIT_MISTAKE
+        assert status == EXIT_USAGE
         (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
         return error
 

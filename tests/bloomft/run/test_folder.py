@@ -12,7 +12,7 @@ from bloomft.run.folder import LOCK, exclusive_folder
 
 
 def hold(folder: Path, ready) -> None:
-    with exclusive_folder(folder, anew=False):
+    with exclusive_folder(folder, fresh=False):
         ready.set()
         signal.pause()
 
@@ -41,19 +41,19 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(run, setti
 def test_an_earlier_run_moves_aside_and_the_new_folder_is_held_too(run):
     folder = run(optim__scheduler__num_training_steps=2).run_dir
     (folder / "last.ckpt").unlink()  # its step file alone makes it a run to keep
-    with exclusive_folder(folder, anew=True):
+    with exclusive_folder(folder, fresh=True):
         assert (folder.with_name("run.1") / "step-2.ckpt").exists()
         for held in (folder, folder.with_name("run.1")):
             with pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ is training there"):
-                exclusive_folder(held, anew=False).__enter__()
-    with exclusive_folder(folder, anew=False) as notes:
+                exclusive_folder(held, fresh=False).__enter__()
+    with exclusive_folder(folder, fresh=False) as notes:
         assert notes == []
 
 
 def test_without_locks_the_run_says_so(tmp_path, no_locks):
     leftover = tmp_path / ".last.ckpt-01234567"
     leftover.write_bytes(b"perhaps being written")
-    with exclusive_folder(tmp_path, anew=False) as notes:
+    with exclusive_folder(tmp_path, fresh=False) as notes:
         assert notes == [f"{tmp_path / LOCK}: this file system has no locks; start no second process here"]
     assert leftover.exists()
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl and the boards beside it: a crash or a full disk costs no line but its own."""
+"""metrics.jsonl and the trackers: a crash or a full disk costs no line but its own."""
 
 import pytest
 

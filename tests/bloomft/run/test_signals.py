@@ -57,10 +57,10 @@ def held_step(text: str) -> int:
 
 # Evaluations: of the base, at step 6, at step 12; saves at 3, 6, 9, 12.
 MOMENTS = {
-    "while the loop is prepared": (RunState, "begin", 1, 0),
+    "while the loop is prepared": (RunState, "prepare", 1, 0),
     "before the base's evaluation": (RunLog, "message", 1, 0),
     "in the base's evaluation": (train_module, "evaluate", 1, 0),
-    "in a step": (RunState, "micro_batch", 5, None),
+    "in a step": (RunState, "forward_backward", 5, None),
     "after a step": (RunLog, "advance", 5, 5),
     "in an evaluation": (train_module, "evaluate", 2, 6),
     "while a step is reported": (RunLog, "record", 7, 7),

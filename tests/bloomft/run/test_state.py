@@ -54,8 +54,8 @@ def move(run: RunState, steps: int, gradient: float = 1.0) -> list[float]:
             parameter.grad = torch.full_like(parameter, gradient)
         run.scaler.scale(torch.ones(()))
         run.scaler.unscale_(run.optimizer)
-        run.update(4)
-        run.evaluated(LOSSES[run.step - 1])
+        run.optimizer_step(4)
+        run.step_on_metric(LOSSES[run.step - 1])
         rates.append(run.optimizer.param_groups[0]["lr"])
     return rates
 

@@ -12,7 +12,7 @@ from bloomft.files import write_atomically
 WANDB_ID = "wandb-id"
 
 
-class Board(Protocol):
+class Tracker(Protocol):
     """Where the values of metrics.jsonl go in addition to it."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -86,8 +86,8 @@ def _wandb_id(folder: Path) -> str:
     return known
 
 
-def open_board(config: Config, folder: Path, step: int) -> Board | None:
-    """The board of ``train.logger``; None for none. `UserError` where it is not installed or refuses."""
+def open_tracker(config: Config, folder: Path, step: int) -> Tracker | None:
+    """The tracker of ``train.logger``; None for none. `UserError` where it is not installed or refuses."""
     name = config.train.logger
     if name == "none":
         return None

@@ -1,0 +1,173 @@
+"""BLOOM's block and its parts with fused operations: subclasses that `patch` swaps in and out."""
+
+import contextlib
+import functools
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from transformers.cache_utils import Cache
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomBlock, BloomGelu, BloomMLP
+
+from bloomft.model.plain_modules import is_plain
+from lorakernels import AttentionMask, alibi_attention, frozen_linear
+
+
+class FusedInputs(NamedTuple):
+    """Passed in place of transformers' alibi tensor when attention takes the fused path."""
+
+    slopes: Tensor  # [heads] float32
+    mask: AttentionMask | None  # of the rows' documents; None for queries that follow cached keys
+    recompute_input: Callable[[], Tensor] | None = None  # of attention, in backward; None: saved instead
+
+
+class FusedBloomAttention(BloomAttention):
+    """BLOOM's attention through `alibi_attention`; transformers' own path for everything that needs it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        alibi: Tensor | FusedInputs,
+        attention_mask: Tensor,
+        layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `BloomAttention.forward`; fused when ``alibi`` is a `FusedInputs`."""
+        if not isinstance(alibi, FusedInputs):
+            return super().forward(
+                hidden_states,
+                residual,
+                alibi,
+                attention_mask,
+                layer_past,
+                use_cache,
+                output_attentions,
+                **kwargs,
+            )
+        with _recomputed(hidden_states, alibi.recompute_input):
+            fused = self.query_key_value(hidden_states)
+        fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
+        # unbind, since its backward writes the three gradients into one tensor, in one pass
+        query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)  # type: ignore[arg-type]  # never None in a model
+        context = alibi_attention(query, key, value, alibi.slopes, mask=alibi.mask)
+        context = context.transpose(1, 2).flatten(2)  # [B, T, H]
+        output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
+        return _add_residual(self.dense, output, residual), None
+
+    def is_fusable(self) -> bool:
+        """Whether `alibi_attention` is what transformers computes with this module's settings."""
+        dropout = self.attention_dropout
+        return (
+            is_plain(dropout, nn.Dropout)
+            and not (dropout.training and dropout.p > 0)
+            and not (self.slow_but_exact and self.pretraining_tp > 1)
+            and (self.beta, self.inv_norm_factor) == (1.0, 1.0 / math.sqrt(self.head_dim))
+        )
+
+
+class FusedBloomBlock(BloomBlock):
+    """BLOOM's block; the layer norm before query_key_value is recomputed in backward, not saved."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        alibi: Tensor | FusedInputs,
+        attention_mask: Tensor,
+        layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `BloomBlock.forward`; fused when ``alibi`` is a `FusedInputs`."""
+        norm = self.input_layernorm
+        # A compiler decides for itself what to save.
+        if isinstance(alibi, FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
+            alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
+        unread = cast(Tensor, alibi)  # BloomBlock only passes it on to attention
+        return super().forward(
+            hidden_states, unread, attention_mask, layer_past, use_cache, output_attentions, **kwargs
+        )
+
+
+class FusedBloomMLP(BloomMLP):
+    """BLOOM's feed-forward layer with GELU in one pass each way, nothing saved but its input.
+
+    BLOOM's 0.79788456 and torch's sqrt(2/pi) are the same float32.
+    """
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        """As `BloomMLP.forward`."""
+        sliced = self.pretraining_tp > 1 and self.slow_but_exact
+        if sliced or not is_plain(self.gelu_impl, BloomGelu):
+            return super().forward(hidden_states, residual)
+        inner, down = self.dense_h_to_4h(hidden_states), self.dense_4h_to_h
+        if is_plain(down, FusedLinear) and _is_frozen(down.weight, down.bias):
+            output = frozen_linear(inner, down.weight, down.bias, gelu=True)
+        else:
+            output = down(nn.functional.gelu(inner, approximate="tanh"))
+        output = nn.functional.dropout(output, self.hidden_dropout, self.training)
+        return _add_residual(down, output, residual)
+
+
+class FusedLinear(nn.Linear):
+    """A linear layer that, once frozen, saves nothing and multiplies in the faster precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N]."""
+        weight, bias = self.weight, self.bias  # read once, since a parametrization recomputes it each time
+        linear = frozen_linear if _is_frozen(weight, bias) else nn.functional.linear
+        return linear(x, weight, bias)
+
+
+def _is_frozen(weight: Tensor, bias: Tensor | None) -> bool:
+    return not (weight.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def takes_fused_inputs(block: nn.Module) -> bool:
+    """Whether block, or what it wraps, hands `FusedInputs` to an attention that may use them."""
+    attention = getattr(block, "self_attention", None)
+    return isinstance(attention, FusedBloomAttention) and attention.is_fusable()
+
+
+def _recomputed(
+    output: Tensor, recompute: Callable[[], Tensor] | None
+) -> contextlib.AbstractContextManager[object]:
+    """Inside, ``recompute`` is saved for the backward pass in place of ``output``, and computes it there.
+
+    Not under autocast, which would not be active in backward.
+    """
+    if recompute is None or torch.is_autocast_enabled(output.device.type):
+        return contextlib.nullcontext()
+
+    # weak, since the hooks live as long as what they have packed
+    reference = weakref.ref(output)
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved is reference() else saved
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        if packed is not None:
+            return packed
+        with torch.no_grad():
+            return recompute()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
+    """layer's output + residual, in place where that is safe.
+
+    Not where autocast has made their dtypes differ, nor where others may hold the output: selective
+    checkpointing saves what an adapted layer returned, and hooks may keep theirs.
+    """
+    in_place = is_plain(layer, FusedLinear) and output.dtype == residual.dtype
+    return output.add_(residual) if in_place else output + residual
