@@ -2,12 +2,14 @@
 
 JSON files are those of ``pytest benchmarks --benchmark-only --benchmark-json=FILE``; without one, those under
 benchmarks/results/<machine>. If two files hold the same case, the later one counts. Writes report.md and
-the plots next to the first file, and the README's figures between their two markers. With --compare nothing
-is written: cases of ours whose ratio got worse beyond the noise are listed, and the exit status is then 1.
+the plots next to the first file, and the figures of docs/benchmarks.md between their two markers. With
+--compare nothing is written: cases of ours whose ratio got worse beyond the noise are listed, and the exit
+status is then 1.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from benchmarks.interleave import is_ours, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
 AOT_TABLE = RESULTS / "aot.txt"
 HOW = (
     "Medians of interleaved rounds with quartiles; ratios are taken within each round. No figure was kept "
@@ -48,9 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     folder = paths[0].parent
     pictures = plots.draw(cases, folder)
     (folder / "report.md").write_text(report(cases, pictures), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(with_figures(readme.read_text("utf-8"), cases, pictures, folder), encoding="utf-8")
-    print(f"{folder / 'report.md'}, {', '.join(pictures)} and the README's figures are written")
+    PAGE.write_text(with_figures(PAGE.read_text("utf-8"), cases, pictures, folder), encoding="utf-8")
+    print(f"{folder / 'report.md'}, {', '.join(pictures)} and the figures of {PAGE} are written")
     return 0
 
 
@@ -134,17 +136,21 @@ def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_figures(readme: str, cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> str:
-    """The README with new figures between the two markers; ValueError without the markers."""
-    head, begin, rest = readme.partition(BEGIN)
+def with_figures(page: str, cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> str:
+    """The text of `PAGE` with new figures between the two markers; ValueError without the markers."""
+    head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md: expected the markers {BEGIN.strip()} and {END.strip()}")
-    return head + BEGIN + figures(cases, pictures, folder.resolve().relative_to(ROOT)) + END + tail
+        raise ValueError(f"{PAGE}: expected the markers {BEGIN.strip()} and {END.strip()}")
+    seen_from_page = os.path.relpath(folder.resolve(), PAGE.parent)
+    return head + BEGIN + figures(cases, pictures, seen_from_page) + END + tail
 
 
-def figures(cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> str:
-    """One line per case: ours against its rivals, whose times are given as multiples of ours."""
+def figures(cases: dict[str, dict], pictures: Sequence[str], folder: str) -> str:
+    """One line per case: ours against its rivals, whose times are given as multiples of ours.
+
+    ``folder``, as seen from the page, holds report.md and the pictures.
+    """
     machines = "; ".join(sorted({_machine(case) for case in cases.values()}))
     lines = [
         f"Measured on {machines}. A ratio is the rival's time over ours, medians of interleaved rounds;",

@@ -97,6 +97,6 @@ def test_the_report_regenerates(folder: Path):
     cases = report.read_cases(sorted(folder.glob("*.json")))
     pictures = [name for name in report.plots.PICTURES if (folder / name).exists()]
     assert (folder / "report.md").read_text("utf-8") == report.report(cases, pictures)
-    readme = (report.ROOT / "README.md").read_text("utf-8")
-    if str(folder.relative_to(report.ROOT)) in readme:
-        assert report.with_figures(readme, cases, pictures, folder) == readme
+    page = report.PAGE.read_text("utf-8")
+    if str(folder.relative_to(report.ROOT)) in page:
+        assert report.with_figures(page, cases, pictures, folder) == page
