@@ -16,7 +16,8 @@ LAYERS = (
     ("data", "model"),
     ("run",),
     ("command_line",),
-    ("__init__", "__main__", *COMMANDS),
+    ("__init__", *COMMANDS),
+    ("__main__",),
 )
 LAYER = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 
