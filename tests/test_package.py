@@ -135,11 +135,19 @@ def test_training_with_a_shipped_configuration_on_the_examples(bloomft_command, 
     assert (tmp_path / "runs/bloom-560m/last.ckpt").is_file()
 
 
-def test_without_texts_the_first_thing_said_is_what_to_set(bloomft_command, tmp_path):
-    status, _, errors = bloomft_command("train", "bloom-560m.yaml")
-    assert status == 2
-    assert errors.splitlines()[1:] == [
-        f"error: data.filenames: 'examples/*.txt' matches no file (searched from {tmp_path}); "
-        "set it to your own texts, e.g. data.filenames='texts/**/*.md'"
-    ]
-    assert list(tmp_path.iterdir()) == []
+def test_the_demo_in_an_empty_folder(bloomft_command, tmp_path, tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    save_tiny_base(base)
+    status, output, errors = bloomft_command(
+        "demo",
+        f"model.transformer.pretrained_model_name_or_path={base}",
+        f"data.filenames={ROOT / 'examples'}/*.txt", f"data.cache_dir={base / 'cache'}",
+        "data.max_length=64", "train.batch_size=2", "train.device=cpu",
+        "optim.scheduler.num_warmup_steps=0", "optim.scheduler.num_training_steps=2",
+    )  # fmt: skip
+    assert status == 0, errors
+    assert errors.startswith("configs/bloom-tiny.yaml: not found here; using the one shipped with bloomft, ")
+    assert [
+        words for words in ("the base writes", "after fine-tuning", "perplexity") if words not in output
+    ] == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
