@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from bloomft.model.patch import patch_bloom, unpatch_bloom
 
 __all__ = ["patch_bloom", "unpatch_bloom"]
+__version__ = "0.1.0"  # of the distribution; pyproject.toml reads it from here
 
 
 def __getattr__(name: str) -> Any:

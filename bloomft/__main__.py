@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 
+from bloomft import __version__
 from bloomft.command_line import COMMANDS, call_command, run_command
 from bloomft.errors import UserError
 from bloomft.process import share_cores
@@ -10,13 +11,16 @@ from bloomft.run.signals import watch_signals
 
 
 def main(arguments: Sequence[str]) -> None:
-    """COMMAND and its arguments; ``--help`` lists the commands."""
+    """COMMAND and its arguments; ``--help`` lists the commands, ``--version`` prints the version."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in ("-h", "--help"):
         print("usage: bloomft COMMAND ...\n")
         for command, meaning in COMMANDS.items():
             print(f"  {command:10}{meaning}")
-        print("\nbloomft COMMAND --help shows a command's arguments")
+        print("\nbloomft COMMAND --help shows a command's arguments; bloomft --version the version")
+        return
+    if name == "--version":
+        print(f"bloomft {__version__}")
         return
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from bloomft.command_line import call_command, run_command
-from bloomft.config.loading import load_config
+from bloomft.config.loading import find_config, load_config
 from bloomft.errors import UserError
 from bloomft.model.base import quiet_transformers
 from bloomft.process import setup_process
@@ -35,19 +35,18 @@ PROMPT = "# tinyfetch\n\n## Installation\n\n"
 def main(arguments: Sequence[str]) -> None:
     """The command: [key=value ...]; overrides of ``configs/bloom-tiny.yaml``."""
     start = time.perf_counter()
-    if not Path(CONFIG).is_file():
-        raise UserError(f"{CONFIG}: not found; run the demo in the project's folder")
     setup_process()
     quiet_transformers()
     console = Console(highlight=False)
-    run_dir = load_config(CONFIG, arguments).train.run_dir
-    call_command("train", [CONFIG, *arguments])
+    config = str(find_config(CONFIG))
+    run_dir = load_config(config, arguments).train.run_dir
+    call_command("train", [config, *arguments])
     base_loss, loss = _held_out_losses(run_dir)
 
     sampling = Sampling(max_new_tokens=90, temperature=0.7, top_p=0.9, seed=1)
     checkpoint = str(run_dir / LAST)
     for title, source in (("the base writes", None), ("after fine-tuning", checkpoint)):
-        model, tokenizer = load_for_generation(CONFIG, source, arguments)
+        model, tokenizer = load_for_generation(config, source, arguments)
         text = PROMPT + generate(model, tokenizer, PROMPT, sampling)
         console.print(Panel(text, title=title, title_align="left"), markup=False)
 

@@ -16,7 +16,8 @@ LAYERS = (
     ("data", "model"),
     ("run",),
     ("command_line",),
-    ("__init__", "__main__", *COMMANDS),
+    ("__init__", *COMMANDS),
+    ("__main__",),
 )
 LAYER = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 
@@ -64,6 +65,14 @@ def may_import(ours: str, theirs: str) -> bool:
 
 def test_every_part_of_bloomft_has_a_layer():
     assert {part(module) for module in modules("bloomft")} == set(LAYER)
+
+
+def test_the_picture_in_contributing_shows_these_layers():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = text.partition("```text\n")[2].partition("```")[0]
+    rows = [line.partition("#")[0].split() for line in picture.splitlines()]
+    ours = rows[rows.index(["bloomft"]) + 1 : rows.index(["|"], rows.index(["bloomft"]))]
+    assert [set(row) for row in ours] == [set(layer) for layer in reversed(LAYERS)]
 
 
 def test_no_module_of_bloomft_imports_from_beside_or_above_its_layer():

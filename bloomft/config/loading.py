@@ -35,17 +35,32 @@ from bloomft.config.yaml_text import (
 )
 from bloomft.errors import UserError
 
+SHIPPED = Path(__file__).parents[1] / "configs"
 LARGEST_FILE = 2**18  # bytes; YAML of this size takes about two seconds to read
 
 
+def find_config(path: str | os.PathLike[str]) -> Path:
+    """``path``, or where nothing is there the shipped configuration of that name, which stderr then says.
+
+    ``bloom-tiny.yaml`` and ``configs/bloom-tiny.yaml`` are the names of the shipped ``bloom-tiny.yaml``.
+    """
+    path = Path(path)
+    shipped = SHIPPED / path.name
+    # os.path, unlike Path, has no error for a name that is too long
+    if os.path.lexists(path) or path.parent not in (Path(), Path("configs")) or not os.path.isfile(shipped):
+        return path
+    print(f"{path}: not found here; using the one shipped with bloomft, {shipped}", file=sys.stderr)
+    return shipped
+
+
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read ``path``, apply ``overrides`` (``a.b.c=value``), check everything.
+    """Read the file that `find_config` finds, apply ``overrides`` (``a.b.c=value``), check everything.
 
     ``train.output_dir`` and ``data.cache_dir`` are filled in. The hub's access token is removed from
     ``sys.argv``, which loggers record. Raises `UserError` with the key's full path, its line in the file (or
     "command line"), what is allowed and a suggestion for an unknown key.
     """
-    path = Path(path)
+    path = find_config(path)
     try:
         config = _resolve(path, overrides)
     except RecursionError as error:

@@ -74,7 +74,7 @@ def list_files(patterns: Sequence[str]) -> list[Path]:
                 why = "matches folders only" if folders else f"matches no regular file (found {matches[0]})"
             raise UserError(
                 f"data.filenames: {pattern!r} {why} (searched from {os.getcwd()}); "
-                "correct the pattern, e.g. 'texts/**/*.md'"
+                "set it to your own texts, e.g. data.filenames='texts/**/*.md'"
             )
         for file in sorted(files):
             if file.lower().endswith(NOT_TEXT):

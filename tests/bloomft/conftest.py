@@ -51,10 +51,8 @@ def tiny_model(seed: int = 0, **changes) -> BloomForCausalLM:
     return model
 
 
-@pytest.fixture(scope="session")
-def base_folder(tmp_path_factory) -> Path:
+def save_tiny_base(folder: Path) -> None:
     """A Hugging Face folder of a small BLOOM with its own tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         SENTENCES * 4,
@@ -72,6 +70,13 @@ def base_folder(tmp_path_factory) -> Path:
     )
     tokenizer.save_pretrained(folder)
     tiny_model().eval().save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> Path:
+    """The folder of `save_tiny_base`."""
+    folder = tmp_path_factory.mktemp("base")
+    save_tiny_base(folder)
     return folder
 
 

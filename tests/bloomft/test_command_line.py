@@ -119,3 +119,10 @@ def test_the_shipped_config_without_network_or_weights(tmp_path):
         in errors
     )
     assert "pretrained_model_name_or_path=/path/to/the/folder" in errors
+
+
+def test_the_shipped_config_where_its_examples_are_not(fail, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = fail(train, "configs/bloom-1b7.yaml")
+    assert f"'examples/*.txt' matches no file (searched from {tmp_path}); set it to your own texts" in line
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import pytest
 
+import bloomft
 import bloomft.__main__ as main_module
 from bloomft import export, generate
 from bloomft.command_line import COMMANDS
@@ -13,6 +14,10 @@ def test_help_names_every_command(words):
     output = run_python("-m", "bloomft", *words)
     listed = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
     assert listed == list(COMMANDS)
+
+
+def test_version_is_that_of_the_package():
+    assert run_python("-m", "bloomft", "--version") == f"bloomft {bloomft.__version__}\n"
 
 
 def test_an_unknown_command_is_the_user_s_mistake():

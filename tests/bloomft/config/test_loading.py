@@ -206,3 +206,34 @@ def test_shipped_configurations_load(name):
     assert config.optim.scheduler.num_warmup_steps < config.optim.scheduler.num_training_steps
     seed_keys = set(yaml.safe_load(SEED)["train"])
     assert seed_keys <= set(yaml.safe_load(path.read_text())["train"])
+
+
+@pytest.mark.parametrize("name", ["bloom-tiny.yaml", "configs/bloom-tiny.yaml", "./configs/bloom-tiny.yaml"])
+def test_a_shipped_configuration_is_found_by_its_name(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(name)
+    assert config.model.transformer.pretrained_model_name_or_path == "builtin:tiny"
+    assert config.train.output_dir == "runs/bloom-tiny"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{Path(name)}: not found here; using the one shipped with bloomft, ")
+    assert Path(line.rpartition(", ")[2]).samefile(ROOT / "configs" / "bloom-tiny.yaml")
+
+
+def test_a_file_of_one_s_own_comes_before_the_shipped_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bloom-tiny.yaml").write_text(SEED)
+    assert load_config("bloom-tiny.yaml").data.max_length == 2048
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["other/bloom-tiny.yaml", "bloom-2b.yaml", "", "configs", "bloom-tiny"])
+def test_what_is_not_the_name_of_a_shipped_configuration_is_not_found(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        load_config(name)
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        load_config(tmp_path / "bloom-tiny.yaml")
+    (tmp_path / "bloom-tiny.yaml").symlink_to("nothing")
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        load_config("bloom-tiny.yaml")
+    assert capsys.readouterr().err == ""

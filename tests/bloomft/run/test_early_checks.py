@@ -10,7 +10,10 @@ from bloomft.run import setup
 EARLY = {
     "logger": ("train.logger=wandb", "pip install 'bloomft[wandb]'"),
     "device": ("train.device=cuda", "train.device: cuda, but torch finds no CUDA device here"),
-    "files": ("data.filenames=nothing-*.txt", "matches no file"),
+    "files": (
+        "data.filenames=nothing-*.txt",
+        "matches no file (searched from {folder}); set it to your own texts, e.g. data.filenames='texts/",
+    ),
     "table": ("data.filenames=['*.md',rows.csv]", "rows.csv: .csv files are not read"),
     "batch_size": ("train.batch_size=1000000000", "train.batch_size 1000000000 x data.max_length 32"),
     "unpacked": (["train.batch_size=1000000000000", "data.packing=false"], "takes at least"),
@@ -55,6 +58,7 @@ def test_what_cannot_succeed_is_refused_before_a_base_is_loaded(
         (tmp_path / file).write_text("text")
     overrides = [overrides] if isinstance(overrides, str) else overrides
     before = sorted(tmp_path.rglob("*"))
+    expected = expected.replace("{folder}", str(tmp_path))
     assert expected in fail(train, config_path(settings), *overrides)
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "run.yaml"])
 
