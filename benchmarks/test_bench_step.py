@@ -35,9 +35,9 @@ from benchmarks.step_processes import ATTENTION, FLOORS, GEMMS, RivalProcess
 from lorakernels.tolerance import relative_error
 
 THREADS = 2
-INSTALLED, SETTINGS, OURS = "peft as installed", "peft, our settings", "bloomft"
+INSTALLED, SETTINGS, OURS = "PEFT as installed", "PEFT, same thread and memory settings", "bloomft"
 DEFAULT, FULL = "fp32", pytest.mark.full
-NARROW = "peft, adapters not upcast"
+NARROW = "PEFT, same settings, bf16 adapters"
 PEFTS = (INSTALLED, SETTINGS, NARROW)
 LADDER = [name for name in RIVALS if name not in (INSTALLED, NARROW)]
 

@@ -31,7 +31,7 @@ def small_layer(monkeypatch):
     monkeypatch.setattr(test_bench_lora_linear, "DEVICE", "cpu")
 
     def run(benchmark):
-        names = ["frozen linear", "lorakernels", "plain expression", "PEFT", "loralib"]
+        names = ["frozen linear", "lorakernels", "plain PyTorch", "PEFT", "loralib"]
         return test_bench_lora_linear.run(benchmark, "small", 32, 4, torch.float32, rounds=4, names=names)
 
     return run
@@ -43,7 +43,7 @@ def test_a_case_stores_every_rival_and_phase(small_layer, capsys):
     stored = json.loads(json.dumps(benchmark.extra_info))
     assert set(stored["phases"]) == {"forward", "backward", "both"}
     both = stored["phases"]["both"]
-    assert list(both) == ["frozen linear", "lorakernels", "plain expression", "PEFT", "loralib"]
+    assert list(both) == ["frozen linear", "lorakernels", "plain PyTorch", "PEFT", "loralib"]
     assert both["lorakernels"]["ratio"] == pytest.approx(timings["lorakernels"].ratio, abs=1e-4)
     assert both["frozen linear"]["ratio"] == 1
     assert stored["environment"]["threads"] == torch.get_num_threads()
