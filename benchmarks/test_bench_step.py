@@ -86,7 +86,8 @@ def test_step(case, full, benchmark):
         benchmark,
         {ONLY: milliseconds},
         floor=floor,
-        title=f"{case}: {shape.layers} layers, 1 x {shape.tokens} tokens, {THREADS} threads",
+        title=f"{case}: BLOOM-560m's shape, {shape.layers} layers, 1 x {shape.tokens} tokens, "
+        f"{THREADS} threads",
         case={"layers": shape.layers, "tokens": shape.tokens, "masked": shape.masked, "dtype": shape.dtype},
         memory=memory,
         errors=errors,
