@@ -1,6 +1,6 @@
 """The front page's table, from stored benchmarks of one GPU and one CPU: at most seven rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.interleave import ahead, is_ours, medians, rivals, whole
@@ -64,6 +64,21 @@ class Quantity:
         return f"{cores}{environment['device']}, {self.case['date']}"
 
 
+class Notes:
+    """What is to be known of some cases' figures, each text once."""
+
+    def __init__(self, cases: Iterable[dict]) -> None:
+        self._texts = list(dict.fromkeys(case["note"] for case in cases if "note" in case))
+
+    def mark(self, case: dict) -> str:
+        """The number of the case's note, if it has one."""
+        return f" [{self._texts.index(case['note']) + 1}]" if "note" in case else ""
+
+    def lines(self) -> list[str]:
+        """A paragraph for each."""
+        return [line for at, text in enumerate(self._texts, 1) for line in ("", f"[{at}] {text}")]
+
+
 def table(gpu: Cases, cpu: Cases) -> str:
     """Markdown: each row with what it was measured on and when; where a rival is ahead, in the last one."""
     steps = [("GPU", gpu[GPU_STEP]), ("CPU", cpu[CPU_STEP])]
@@ -75,20 +90,19 @@ def table(gpu: Cases, cpu: Cases) -> str:
         "Generation": [Quantity("CPU", cpu[GENERATION])],
         "Where we lose, the worst of each kind": losses(gpu, cpu),
     }
-    noted = [one.case["note"] for row in compared.values() for one in row if "note" in one.case]
-    notes = list(dict.fromkeys(noted))
+    notes = Notes(one.case for row in compared.values() for one in row)
     lines = ["| | here | others, and how many times as much | measured on |", "|---|---|---|---|"]
     for name, row in compared.items():
         devices = [one.device for one in row]
         labels = devices if len(set(devices)) == len(row) else range(1, len(row) + 1)
         cells: list[list[str]] = [[f"**{name}**"], [], [], []]
         for label, one in zip(labels, row, strict=True):
-            note = f" [{notes.index(one.case['note']) + 1}]" if "note" in one.case else ""
-            texts = (one.case["title"], one.text(one.ours()), one.compared(), one.where() + note)
+            measured = one.where() + notes.mark(one.case)
+            texts = (one.case["title"], one.text(one.ours()), one.compared(), measured)
             for cell, text in zip(cells, texts, strict=True):
                 cell.append(f"{label}: {text}")
         lines.append(f"| {' | '.join('<br>'.join(cell) for cell in cells)} |")
-    return "\n".join([*lines, "", *(f"[{at}] {note}" for at, note in enumerate(notes, 1))]) + "\n"
+    return "\n".join([*lines, *notes.lines()]) + "\n"
 
 
 def losses(gpu: Cases, cpu: Cases) -> list[Quantity]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import front_page, interleave, plots
+from benchmarks.front_page import Notes
 from benchmarks.interleave import ahead, is_limit, is_ours, limit_ms, medians, rivals, whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 AOT_TABLE = RESULTS / "aot.txt"
 HOW = (
     "Medians of interleaved rounds with quartiles; ratios are taken within each round. No figure was kept "
-    "of a case before its results had been checked against their reference."
+    "of a case before its results had been checked against their reference, unless a note says otherwise."
 )
 COMPUTED = (
     "Kernels compiled for absent chips, and the least times that their published peaks allow: "
@@ -118,15 +119,22 @@ def _other_choices(old: dict, new: dict) -> str:
 
 def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
     """Every case, rival and phase; then what was computed, not measured."""
-    machines = sorted({_machine(case) for case in cases.values()})
-    lines = ["# Benchmarks", "", HOW, "", *(f"Measured on {machine}." for machine in machines), ""]
+    machines, notes = sorted({_machine(case) for case in cases.values()}), Notes(cases.values())
+    lines = ["# Benchmarks", "", HOW, "", *(f"Measured on {machine}." for machine in machines)]
+    lines += [*notes.lines(), ""]
     lines += [f"![{Path(name).stem}]({name})" for name in pictures]
     group = None
     for name, case in cases.items():
         if case["group"] != group:
             group = case["group"]
             lines += ["", f"## {group}"]
-        lines += ["", f"### {case['title']}", "", f"`{name}`, ratios to {case['floor']}", ""]
+        lines += [
+            "",
+            f"### {case['title']}{notes.mark(case)}",
+            "",
+            f"`{name}`, ratios to {case['floor']}",
+            "",
+        ]
         lines += [
             "| phase | implementation | ms | ratio | peak memory | limit |",
             "|---|---|---|---|---|---|",
@@ -146,7 +154,6 @@ def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
             if is_limit(name)
         ]
         lines += ["", "Limits, which do a part of the work:", "", *limits] if limits else []
-        lines += ["", case["note"]] if "note" in case else []
         if "counts" in case:
             number, unit = case["counts"]["number"], case["counts"]["unit"]
             rates = (
@@ -189,6 +196,7 @@ def figures(cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> st
         "| what | ours | limit | rivals: times as long | peak memory: ours, theirs |",
         "|---|---|---|---|---|",
     ]
+    notes = Notes(cases.values())
     for case in cases.values():
         ours = next((name for name in whole(case) if is_ours(name)), None)
         if ours is None:
@@ -205,10 +213,10 @@ def figures(cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> st
             f"{name} {_memory(case, name)}" for name in rivals(case.get("memory", {})) if not is_ours(name)
         ]
         lines.append(
-            f"| {'; '.join([case['title'], *filter(None, [case.get('note')])])} | {own:.1f} ms | "
+            f"| {case['title']}{notes.mark(case)} | {own:.1f} ms | "
             f"{_limit(limit, 1)} | {'; '.join(others)} | {'; '.join(peaks).strip()} |"
         )
-    lines += ["", *(f"![{Path(name).stem}]({folder}/{name})" for name in pictures)]
+    lines += [*notes.lines(), "", *(f"![{Path(name).stem}]({folder}/{name})" for name in pictures)]
     return "\n".join(lines) + "\n"
 
 
