@@ -1,10 +1,11 @@
 """python -m benchmarks.report [JSON ...] [--compare OLD.json]: tables and plots of stored benchmarks.
 
-JSON files are those of ``pytest benchmarks --benchmark-only --benchmark-json=FILE``; without one, those under
-benchmarks/results/<machine>. If two files hold the same case, the later one counts. Writes report.md and
-the plots next to the first file, or for every machine where no file is given; the front page's table and
-picture; and the README's figures between their two markers. With --compare nothing is written: cases of ours
-whose ratio got worse beyond the noise are listed, and the exit status is then 1.
+JSON files are those of ``pytest benchmarks --benchmark-only --benchmark-json=FILE``; without one, those of
+every machine under benchmarks/results. If two files hold the same case, the later one counts. Writes report.md
+and the plots next to the files, the front page's table and picture, and the README's figures (without JSON
+files those of the front page's CPU) between their two markers. With --compare nothing is written: cases of ours
+whose ratio got worse beyond the noise are listed, and the exit status is then 1; without JSON files, of those
+under benchmarks/results/<this machine>.
 """
 
 import argparse
@@ -39,9 +40,10 @@ def main(arguments: Sequence[str]) -> int:
         "--compare", type=Path, metavar="OLD", help="an earlier file to compare the ratios with"
     )
     options = parser.parse_args(arguments)
-    paths = options.json or sorted((RESULTS / machine_folder()).glob("*.json"))
+    stored = RESULTS / (machine_folder() if options.compare else front_page.MACHINES["CPU"])
+    paths = options.json or sorted(stored.glob("*.json"))
     if not paths:
-        parser.error(f"no JSON given, and none under {RESULTS / machine_folder()}")
+        parser.error(f"no JSON given, and none under {stored}")
     cases = read_cases(paths)
     if options.compare:
         worse = list(regressions(read_cases([options.compare]), cases))
