@@ -2,8 +2,8 @@
 
 JSON files are those of ``pytest benchmarks --benchmark-only --benchmark-json=FILE``; without one, those of
 every machine under benchmarks/results, but for --compare this machine's. If two files hold the same case, the
-later one counts. Writes report.md and the plots next to the files, the front page's table and picture, and the
-README's figures between their two markers: the given files', or else those of the front page's CPU. With
+later one counts. Writes report.md and the plots next to the files, the front page's table and picture, and
+the README's figures between their two markers: the given files', or else those of the front page's CPU. With
 --compare nothing is written: cases of ours whose ratio got worse beyond the noise are listed, and the exit
 status is then 1.
 """
