@@ -57,6 +57,11 @@ class Quantity:
             texts.append(f"{name} {self.text(value)} ({times})")
         return ", ".join(texts)
 
+    def what(self) -> str:
+        """The case in words."""
+        with_or_beyond = "with" if "memory_of_weights" in self.case else "beyond"
+        return self.case["title"] + (f", memory {with_or_beyond} the weights" if self.of_memory else "")
+
     def where(self) -> str:
         """Device and date."""
         environment = self.case["environment"]
@@ -98,7 +103,7 @@ def table(gpu: Cases, cpu: Cases) -> str:
         cells: list[list[str]] = [[f"**{name}**"], [], [], []]
         for label, one in zip(labels, row, strict=True):
             measured = one.where() + notes.mark(one.case)
-            texts = (one.case["title"], one.text(one.ours()), one.compared(), measured)
+            texts = (one.what(), one.text(one.ours()), one.compared(), measured)
             for cell, text in zip(cells, texts, strict=True):
                 cell.append(f"{label}: {text}")
         lines.append(f"| {' | '.join('<br>'.join(cell) for cell in cells)} |")

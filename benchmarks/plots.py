@@ -4,7 +4,6 @@ This project is blue and other projects are grey; where another one is ahead, it
 words. All colors are of the palette of Okabe and Ito, which colour-blind readers tell apart.
 """
 
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -205,7 +204,7 @@ def _lora_tax(cases: dict[str, dict], path: Path) -> bool:
             axes.vlines(at, row - 0.4, row + 0.4, color=LIMIT_COLOR, lw=1, ls=":", label=label)
         axes.axhline(row + 0.5, color="#dddddd", lw=0.8)
         if faster := ahead(values):
-            text = textwrap.fill(f"faster than lorakernels: {'; '.join(faster)}", 30)
+            text = "\n".join(["faster than lorakernels:", *faster])
             axes.text(1.06 * largest, row, text, color=AHEAD_COLOR, va="center")
     axes.set_yticks(
         range(len(layers)),
