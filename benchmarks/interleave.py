@@ -7,12 +7,14 @@ a GPU every turn starts with a flushed L2 cache and is timed with events.
 
 import importlib.metadata
 import itertools
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +24,15 @@ from lorakernels import kernel_choices
 WHOLE = "both"
 ONLY = "step"
 FLUSH_BYTES = 256 * 2**20
+# Timed beside the rivals, but less work than theirs: limits.
+LIMITS = (
+    "frozen linear",
+    "frozen linear, torch's",
+    "its bytes, written and synced",
+    "slices without boundaries",
+    "square product",
+    "copy",
+)
 
 Step = Callable[[], object] | Mapping[str, Callable[[], object]]
 
@@ -145,6 +156,34 @@ def whole(case: Mapping) -> dict[str, dict]:
 def is_ours(name: str) -> bool:
     """Whether a rival is this project's."""
     return name.startswith(("lorakernels", "bloomft"))
+
+
+def is_limit(name: str) -> bool:
+    """Whether it does only a part of the work, which bounds the rivals; it is not one of them."""
+    return name in LIMITS or name.endswith("products alone")
+
+
+def limit_ms(timings: Mapping[str, dict]) -> float:
+    """Milliseconds of the limit: all matrix products together, or the fastest of others; 0 if not timed."""
+    products = [one["median_ms"] for name, one in timings.items() if name.endswith("products alone")]
+    others = [one["median_ms"] for name, one in timings.items() if name in LIMITS]
+    return sum(products) or min(others, default=0.0)
+
+
+def rivals(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by name without the limits', this project's among them."""
+    return {name: value for name, value in values.items() if not is_limit(name)}
+
+
+def ahead(values: Mapping[str, float]) -> list[str]:
+    """Other projects' rivals with a smaller value than this project's first one."""
+    own = next((value for name, value in values.items() if is_ours(name)), -math.inf)
+    return [name for name, value in rivals(values).items() if not is_ours(name) and value < own]
+
+
+def medians(timings: Mapping[str, dict]) -> dict[str, float]:
+    """Milliseconds by rival, of stored timings."""
+    return {name: one["median_ms"] for name, one in timings.items()}
 
 
 def processor() -> str:

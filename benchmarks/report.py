@@ -1,10 +1,11 @@
 """python -m benchmarks.report [JSON ...] [--compare OLD.json]: tables and plots of stored benchmarks.
 
-JSON files are those of ``pytest benchmarks --benchmark-only --benchmark-json=FILE``; without one, those under
-benchmarks/results/<machine>. If two files hold the same case, the later one counts. Writes report.md and
-the plots next to the first file, and the figures of docs/benchmarks.md between their two markers. With
---compare nothing is written: cases of ours whose ratio got worse beyond the noise are listed, and the exit
-status is then 1.
+JSON files are those of ``pytest benchmarks --benchmark-only --benchmark-json=FILE``; without one, those of
+every machine under benchmarks/results, but for --compare this machine's. If two files hold the same case, the
+later one counts. Writes report.md and the plots next to the files, the front page's table and picture, and
+the figures of docs/benchmarks.md between their two markers: the given files', or else those of the front
+page's CPU. With --compare nothing is written: cases of ours whose ratio got worse beyond the noise are
+listed, and the exit status is then 1.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import interleave, plots
-from benchmarks.interleave import is_ours, whole
+from benchmarks import front_page, interleave, plots
+from benchmarks.front_page import Notes
+from benchmarks.interleave import ahead, is_limit, is_ours, limit_ms, medians, rivals, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,7 +25,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 AOT_TABLE = RESULTS / "aot.txt"
 HOW = (
     "Medians of interleaved rounds with quartiles; ratios are taken within each round. No figure was kept "
-    "of a case before its results had been checked against their reference."
+    "of a case before its results had been checked against their reference, unless a note says otherwise."
 )
 COMPUTED = (
     "Kernels compiled for absent chips, and the least times that their published peaks allow: "
@@ -40,17 +42,21 @@ def main(arguments: Sequence[str]) -> int:
         "--compare", type=Path, metavar="OLD", help="an earlier file to compare the ratios with"
     )
     options = parser.parse_args(arguments)
-    paths = options.json or sorted((RESULTS / machine_folder()).glob("*.json"))
+    stored = RESULTS / (machine_folder() if options.compare else front_page.MACHINES["CPU"])
+    paths = options.json or sorted(stored.glob("*.json"))
     if not paths:
-        parser.error(f"no JSON given, and none under {RESULTS / machine_folder()}")
+        parser.error(f"no JSON given, and none under {stored}")
     cases = read_cases(paths)
     if options.compare:
         worse = list(regressions(read_cases([options.compare]), cases))
         print("\n".join(worse) or "no ratio of ours got worse beyond the noise")
         return 1 if worse else 0
     folder = paths[0].parent
-    pictures = plots.draw(cases, folder)
-    (folder / "report.md").write_text(report(cases, pictures), encoding="utf-8")
+    pictures = write_report(cases, folder)
+    if not options.json:
+        for other in {path.parent for path in RESULTS.glob("*/*.json")} - {folder}:
+            write_report(read_cases(sorted(other.glob("*.json"))), other)
+    write_front_page()
     PAGE.write_text(with_figures(PAGE.read_text("utf-8"), cases, pictures, folder), encoding="utf-8")
     print(f"{folder / 'report.md'}, {', '.join(pictures)} and the figures of {PAGE} are written")
     return 0
@@ -62,14 +68,30 @@ def machine_folder() -> str:
     return f"{environment['device']}-{environment['cores']}-cores".replace(" ", "-")
 
 
+def write_report(cases: dict[str, dict], folder: Path) -> list[str]:
+    """Write the plots and report.md of one machine; returns the plots' file names."""
+    pictures = plots.draw(cases, folder)
+    (folder / "report.md").write_text(report(cases, pictures), encoding="utf-8")
+    return pictures
+
+
+def write_front_page() -> None:
+    """Write the table and the picture that compare the machines."""
+    gpu, cpu = (read_cases(sorted((RESULTS / name).glob("*.json"))) for name in front_page.MACHINES.values())
+    plots.draw_front_page(gpu, cpu, RESULTS / "front-page.png")
+    (RESULTS / "front-page.md").write_text(front_page.table(gpu, cpu), encoding="utf-8")
+
+
 def read_cases(paths: Sequence[Path]) -> dict[str, dict]:
-    """extra_info of every stored benchmark, with its group, by test id without its file."""
+    """extra_info of every stored benchmark, with its group and date, by test id without its file."""
     cases = {}
     for path in paths:
         # gpu_check's file, which may be in the same folder, has none
-        for one in json.loads(path.read_text(encoding="utf-8")).get("benchmarks", ()):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        for one in stored.get("benchmarks", ()):
             if "phases" in one["extra_info"]:
-                cases[one["name"]] = {"group": one["group"], **one["extra_info"]}
+                date = stored["datetime"][:10]
+                cases[one["name"]] = {"group": one["group"], "date": date, **one["extra_info"]}
     return dict(sorted(cases.items(), key=lambda item: (item[1]["group"], item[0])))
 
 
@@ -82,7 +104,7 @@ def regressions(old: dict[str, dict], new: dict[str, dict]) -> Iterator[str]:
         for phase, timings in new[name]["phases"].items():
             for rival, timing in timings.items():
                 before = old[name]["phases"].get(phase, {}).get(rival)
-                if before is None or not is_ours(rival):
+                if before is None or not is_ours(rival) or "ratio_quartiles" not in timing:
                     continue
                 if timing["ratio_quartiles"][0] > before["ratio_quartiles"][1]:
                     yield (
@@ -100,26 +122,46 @@ def _other_choices(old: dict, new: dict) -> str:
 
 def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
     """Every case, rival and phase; then what was computed, not measured."""
-    machines = sorted({_machine(case) for case in cases.values()})
-    lines = ["# Benchmarks", "", HOW, "", *(f"Measured on {machine}." for machine in machines), ""]
+    machines, notes = sorted({_machine(case) for case in cases.values()}), Notes(cases.values())
+    lines = ["# Benchmarks", "", HOW, "", *(f"Measured on {machine}." for machine in machines)]
+    lines += [*notes.lines(), ""]
     lines += [f"![{Path(name).stem}]({name})" for name in pictures]
     group = None
     for name, case in cases.items():
         if case["group"] != group:
             group = case["group"]
             lines += ["", f"## {group}"]
-        lines += ["", f"### {case['title']}", "", f"`{name}`, ratios to {case['floor']}", ""]
-        lines += ["| phase | implementation | ms | ratio | peak memory |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"### {case['title']}{notes.mark(case)}",
+            "",
+            f"`{name}`, ratios to {case['floor']}",
+            "",
+        ]
+        lines += [
+            "| phase | implementation | ms | ratio | peak memory | limit |",
+            "|---|---|---|---|---|---|",
+        ]
         for phase, timings in case["phases"].items():
-            for rival, timing in timings.items():
+            limit, faster = limit_ms(timings), ahead(medians(timings))
+            for rival, timing in rivals(timings).items():
+                mark = " (**faster than ours**)" if rival in faster else ""
                 lines.append(
-                    f"| {phase} | {rival} | {_spread(timing, '_ms', 2)} | {_spread(timing, '', 3)} | "
-                    f"{_memory(case, rival)} |"
+                    f"| {phase} | {rival}{mark} | {_spread(timing, '_ms', 2)} | {_spread(timing, '', 3)} | "
+                    f"{_memory(case, rival)} | {_limit(limit, 2)} |"
                 )
+        limits = [
+            f"- {phase}, {name}: {_spread(timing, '_ms', 2)} ms {_memory(case, name)}".rstrip()
+            for phase, timings in case["phases"].items()
+            for name, timing in timings.items()
+            if is_limit(name)
+        ]
+        lines += ["", "Limits, which do a part of the work:", "", *limits] if limits else []
         if "counts" in case:
             number, unit = case["counts"]["number"], case["counts"]["unit"]
             rates = (
-                f"{rival} {1e3 * number / timing['median_ms']:,.0f}" for rival, timing in whole(case).items()
+                f"{rival} {1e3 * number / timing['median_ms']:,.0f}"
+                for rival, timing in rivals(whole(case)).items()
             )
             lines += ["", f"{unit} a second: {', '.join(rates)}"]
     if AOT_TABLE.exists():
@@ -157,33 +199,48 @@ def figures(cases: dict[str, dict], pictures: Sequence[str], folder: str) -> str
         f"[every figure with its spread]({folder}/report.md).",
         "",
     ]
-    lines += ["| what | ours | rivals: times as long | peak memory: ours, theirs |", "|---|---|---|---|"]
+    lines += [
+        "| what | ours | limit | rivals: times as long | peak memory: ours, theirs |",
+        "|---|---|---|---|---|",
+    ]
+    notes = Notes(cases.values())
     for case in cases.values():
         ours = next((name for name in whole(case) if is_ours(name)), None)
         if ours is None:
             continue
-        own = whole(case)[ours]["median_ms"]
+        milliseconds = medians(whole(case))
+        own, limit, faster = milliseconds[ours], limit_ms(whole(case)), ahead(milliseconds)
         others = [
-            f"{name} {timing['median_ms'] / own:.2f}"
-            for name, timing in whole(case).items()
+            f"{name} **{taken / own:.2f}, faster**" if name in faster else f"{name} {taken / own:.2f}"
+            for name, taken in rivals(milliseconds).items()
             if not is_ours(name)
         ]
         peaks = [_memory(case, ours)]
-        peaks += [f"{name} {_memory(case, name)}" for name in case.get("memory", {}) if not is_ours(name)]
-        lines.append(f"| {case['title']} | {own:.1f} ms | {'; '.join(others)} | {'; '.join(peaks).strip()} |")
-    lines += ["", *(f"![{Path(name).stem}]({folder}/{name})" for name in pictures)]
+        peaks += [
+            f"{name} {_memory(case, name)}" for name in rivals(case.get("memory", {})) if not is_ours(name)
+        ]
+        lines.append(
+            f"| {case['title']}{notes.mark(case)} | {own:.1f} ms | "
+            f"{_limit(limit, 1)} | {'; '.join(others)} | {'; '.join(peaks).strip()} |"
+        )
+    lines += [*notes.lines(), "", *(f"![{Path(name).stem}]({folder}/{name})" for name in pictures)]
     return "\n".join(lines) + "\n"
 
 
 def _machine(case: dict) -> str:
     environment = case["environment"]
-    return f"{environment['device']}, {environment['cores']} cores, torch {environment['torch']}"
+    cores = f"{environment['cores']} cores, " if "cores" in environment else ""
+    return f"{environment['device']}, {cores}torch {environment['torch']}"
 
 
 def _spread(timing: dict, suffix: str, digits: int) -> str:
-    middle = timing["median_ms" if suffix else "ratio"]
-    low, high = timing["quartiles_ms" if suffix else "ratio_quartiles"]
-    return f"{middle:.{digits}f} [{low:.{digits}f} {high:.{digits}f}]"
+    middle = f"{timing['median_ms' if suffix else 'ratio']:.{digits}f}"
+    quartiles = timing.get("quartiles_ms" if suffix else "ratio_quartiles")
+    return middle if quartiles is None else f"{middle} [{quartiles[0]:.{digits}f} {quartiles[1]:.{digits}f}]"
+
+
+def _limit(milliseconds: float, digits: int) -> str:
+    return f"{milliseconds:.{digits}f} ms" if milliseconds else "not timed"
 
 
 def _memory(case: dict, rival: str) -> str:

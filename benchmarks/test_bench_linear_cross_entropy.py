@@ -21,12 +21,12 @@ from lorakernels.ops.linear_cross_entropy import check
 from lorakernels.tolerance import relative_error
 
 VOCABULARY, WIDTH = 250_880, 1024
-FLOOR, OURS, THEIRS = "its products alone", "lorakernels", "full logits (transformers)"
-TWICE = "chunks, logits made twice"
+FLOOR, OURS, THEIRS = "its products alone", "lorakernels", "transformers, full logits"
+TWICE = "logits in chunks, computed twice"
 RIVALS = {
     THEIRS: baselines.full_logits,
     TWICE: baselines.row_chunks,
-    "chunks, gradient in forward (Liger's form, re-implemented)": baselines.gradient_in_forward,
+    "Liger's method, re-implemented": baselines.gradient_in_forward,
     OURS: linear_cross_entropy,
 }
 LIGER = next(name for name in RIVALS if "Liger" in name)

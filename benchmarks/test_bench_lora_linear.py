@@ -36,10 +36,10 @@ LAYERS = {
     FLOOR: baselines.frozen,
     OURS: lorakernels_linear,
     TORCH_FLOOR: baselines.torch_frozen,
-    "plain expression": baselines.plain,
-    "addmm in place": baselines.addmm_in_place,
+    "plain PyTorch": baselines.plain,
+    "PyTorch, addmm in place": baselines.addmm_in_place,
     "PEFT": baselines.peft_linear,
-    "PEFT, adapters not upcast": baselines.peft_without_upcast,
+    "PEFT, bf16 adapters": baselines.peft_without_upcast,
     "PEFT compiled": baselines.peft_compiled,
     "loralib": baselines.loralib_linear,
 }
@@ -47,7 +47,7 @@ LAYERS = {
 
 def rivals_for(dtype: torch.dtype, compiled: bool) -> list[str]:
     """Those that differ for these dtypes."""
-    left_out = {"PEFT, adapters not upcast"} if dtype == torch.float32 else {"loralib"}
+    left_out = {"PEFT, bf16 adapters"} if dtype == torch.float32 else {"loralib"}
     return [name for name in LAYERS if name not in left_out and (compiled or name != "PEFT compiled")]
 
 

@@ -35,9 +35,9 @@ from benchmarks.step_processes import ATTENTION, FLOORS, GEMMS, RivalProcess
 from lorakernels.tolerance import relative_error
 
 THREADS = 2
-INSTALLED, SETTINGS, OURS = "peft as installed", "peft, our settings", "bloomft"
+INSTALLED, SETTINGS, OURS = "PEFT as installed", "PEFT, same thread and memory settings", "bloomft"
 DEFAULT, FULL = "fp32", pytest.mark.full
-NARROW = "peft, adapters not upcast"
+NARROW = "PEFT, same settings, bf16 adapters"
 PEFTS = (INSTALLED, SETTINGS, NARROW)
 LADDER = [name for name in RIVALS if name not in (INSTALLED, NARROW)]
 
@@ -86,7 +86,8 @@ def test_step(case, full, benchmark):
         benchmark,
         {ONLY: milliseconds},
         floor=floor,
-        title=f"{case}: {shape.layers} layers, 1 x {shape.tokens} tokens, {THREADS} threads",
+        title=f"{case}: BLOOM-560m's shape, {shape.layers} layers, 1 x {shape.tokens} tokens, "
+        f"{THREADS} threads",
         case={"layers": shape.layers, "tokens": shape.tokens, "masked": shape.masked, "dtype": shape.dtype},
         memory=memory,
         errors=errors,

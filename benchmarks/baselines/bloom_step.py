@@ -152,12 +152,12 @@ class Rival:
 
 
 RIVALS = {
-    "peft as installed": Rival(with_peft, settings=False),
-    "peft, our settings": Rival(with_peft, settings=True),
-    "peft, adapters not upcast": Rival(with_peft_not_upcast, settings=True),
-    "+ attention": Rival(_peft_with_attention, settings=True),
-    "+ loss": Rival(_peft_with_attention_and_loss, settings=True),
-    "+ lora_linear": Rival(_lora_without_feed_forward, settings=True),
+    "PEFT as installed": Rival(with_peft, settings=False),
+    "PEFT, same thread and memory settings": Rival(with_peft, settings=True),
+    "PEFT, same settings, bf16 adapters": Rival(with_peft_not_upcast, settings=True),
+    "PEFT + our attention": Rival(_peft_with_attention, settings=True),
+    "PEFT + our attention and loss": Rival(_peft_with_attention_and_loss, settings=True),
+    "our attention, loss and LoRA layer": Rival(_lora_without_feed_forward, settings=True),
     "bloomft": Rival(with_bloomft, settings=True),
 }
 
