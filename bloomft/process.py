@@ -21,6 +21,7 @@ SPIN_COUNT = 20_000
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+_MADV_DONTNEED = 4
 
 
 def share_cores() -> None:
@@ -62,6 +63,23 @@ def release_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
+
+
+def release_mapped_pages(address: int, size: int) -> None:
+    """Take a mapped file's pages out of this process's memory; whoever reads them again gets the file's bytes.
+
+    ``address`` and ``size`` in bytes. Nothing happens where no file is mapped there, or not on Linux.
+    """
+    if sys.platform != "linux":
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    first, last = -(-address // page) * page, (address + size) // page * page
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, inode, *_ = line.split(maxsplit=5)
+        start, end = (int(bound, 16) for bound in span.split("-"))
+        # anonymous memory, of inode 0, would lose its content
+        if inode != "0" and start <= first < last <= end:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
 
 def pick_device(name: str) -> "torch.device":

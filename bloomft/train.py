@@ -84,7 +84,7 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
     total = config.optim.scheduler.num_training_steps
     batch_size, accumulate = settings.batch_size, settings.accumulate_grad_batches
     if run.step == 0 and run.base_eval_loss is None and heldout is not None and not stop:
-        run.base_eval_loss = _evaluate(job, heldout, settings, log)
+        run.base_eval_loss = _evaluate(job, heldout, settings)
         log.message(f"held-out loss of the base: {run.base_eval_loss:.4f}")
         log.track(0, eval_loss=run.base_eval_loss)
     cost, limit = StepCost.of(run.model), gemm_rate(run.model.device, run.model.dtype)
@@ -115,7 +115,7 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
             if run.scaler.is_enabled():
                 values["skipped_steps"] = run.skipped
             if evaluated is not None:
-                values["eval_loss"] = eval_loss = _evaluate(job, evaluated, settings, log)
+                values["eval_loss"] = eval_loss = _evaluate(job, evaluated, settings)
                 run.step_on_metric(eval_loss)
             log.kernels()
             log.record(run.step, **values)
@@ -129,14 +129,13 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
         log.message(f"stopped; {held}; the same command resumes from there")
         return None
     if eval_loss is None and heldout is not None:
-        eval_loss = _evaluate(job, heldout, settings, log)
+        eval_loss = _evaluate(job, heldout, settings)
     log.message(f"{job.last} holds step {job.saved} of {total}")
     return eval_loss
 
 
-def _evaluate(job: Job, heldout: PackedDataset, settings: TrainConfig, log: RunLog) -> float:
-    with log.evaluation() as progress:
-        return evaluate(job.run.model, heldout, settings.batch_size, settings.eval_max_batches, progress)
+def _evaluate(job: Job, heldout: PackedDataset, settings: TrainConfig) -> float:
+    return evaluate(job.run.model, heldout, settings.batch_size, settings.eval_max_batches)
 
 
 def _save(job: Job, log: RunLog, *, keep: bool) -> None:

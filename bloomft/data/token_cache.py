@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,15 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from tokenizers import Tokenizer
 
 from bloomft.data.documents import (
@@ -44,6 +34,7 @@ from bloomft.data.documents import (
 from bloomft.data.text_pieces import added_tokens_for_cutting, cut_text
 from bloomft.errors import UserError
 from bloomft.files import lock_file, sync_folder
+from bloomft.progress import say, waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -106,8 +97,7 @@ def build_token_cache(
 
     ``tokenizer`` must be a fast one with an end-of-text token; nothing in it is changed. A folder appears
     under its final name only when it is complete and synced, a damaged one is rebuilt, and of several
-    processes that need the same one the first builds it. ``progress`` shows a bar on a terminal and two lines
-    elsewhere.
+    processes that need the same one the first builds it. ``progress`` adds two lines to what a wait shows.
 
     Raises `UserError` for what the files hold (see `read_documents`), a file that changes meanwhile, a corpus
     without any document, an unsuitable tokenizer, and a folder that cannot be written.
@@ -239,7 +229,7 @@ def _exclusive(path: Path, progress: bool) -> Iterator[None]:
     with open(path, "ab") as lock:
         if lock_file(lock, wait=False) is False:
             if progress:
-                print("another process tokenizes the same text; waiting for it", file=sys.stderr)
+                say("another process tokenizes the same text; waiting for it")
             lock_file(lock, wait=True)
         yield
 
@@ -333,11 +323,13 @@ def _write_cache(
     dtype = np.dtype(np.uint16 if max(highest, tokenizer.eos) <= np.iinfo(np.uint16).max else np.uint32)
     report = ReadReport()
     started = time.perf_counter()
+    if progress:
+        say(f"tokenizing {len(files):,} files, {total / 1e6:,.1f} MB")
     with (
-        _progress_bar(total, len(files), progress) as advance,
+        waiting("tokenizing", total, in_bytes=True) as wait,
         contextlib.closing(_CacheWriter(folder, dtype, tokenizer.eos)) as out,
     ):
-        _tokenize(read_documents(files, report), backend, out, advance)
+        _tokenize(read_documents(files, report), backend, out, wait.advance)
         meta = out.finish()
     if not report.documents:
         raise UserError(f"data.filenames holds no text to train on: {report.describe()}; name other files")
@@ -350,7 +342,7 @@ def _write_cache(
     if progress:
         seconds = time.perf_counter() - started
         rate = f"{meta['num_tokens']:,} tokens in {seconds:.1f} s"
-        print(f"tokenized {report.describe()}: {rate}", file=sys.stderr)
+        say(f"tokenized {report.describe()}: {rate}")
 
 
 def _tokenize(
@@ -461,23 +453,3 @@ def _publish(partial: Path, folder: Path) -> TokenCache:
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, damaged / "damaged")
         shutil.rmtree(damaged, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _progress_bar(total_bytes: int, num_files: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes of text on a terminal, one line elsewhere, nothing where not wanted."""
-    if not show or not sys.stderr.isatty():
-        if show:
-            print(f"tokenizing {num_files:,} files, {total_bytes / 1e6:,.1f} MB", file=sys.stderr)
-        yield lambda count: None
-        return
-    columns = (
-        TextColumn("tokenizing"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total_bytes or None)
-        yield lambda count: bar.advance(task, count)
