@@ -66,7 +66,7 @@ def release_freed_memory() -> None:
 
 
 def release_mapped_pages(address: int, size: int) -> None:
-    """Take a mapped file's pages out of this process's memory; whoever reads them again gets the file's bytes.
+    """Take a mapped file's pages out of this process's memory; reading them again reads the file.
 
     ``address`` and ``size`` in bytes. Nothing happens where no file is mapped there, or not on Linux.
     """

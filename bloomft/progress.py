@@ -55,8 +55,9 @@ class Task:
 
     def time_words(self) -> str:
         """The time left, or the time so far where that is not known."""
-        left = self.seconds_left()
-        return f"{duration(time.monotonic() - self._since)} so far" if left is None else f"{duration(left)} left"
+        if (left := self.seconds_left()) is not None:
+            return f"{duration(left)} left"
+        return f"{duration(time.monotonic() - self._since)} so far"
 
     def words(self) -> str:
         """The wait on one line, for instance ``held-out row 120 of 900, 45 s left``."""
@@ -139,9 +140,7 @@ class _Display:
         self._closed = threading.Event()
         self._bars: rich_progress.Progress | None = None
         if self._console.is_terminal:
-            self._bars = rich_progress.Progress(
-                _Bar(), _Words(), console=self._console, transient=True
-            )
+            self._bars = rich_progress.Progress(_Bar(), _Words(), console=self._console, transient=True)
             self._bars.start()
         else:
             threading.Thread(target=self._print_lines, daemon=True).start()

@@ -17,8 +17,8 @@ def evaluate(
 ) -> float:
     """Mean loss over the labels of ``rows``, or of a fixed random choice of them, in nats per token.
 
-    The choice is `PackedDataset.eval_rows(max_batches)`, the same for every ``batch_size``. Shows its progress.
-    Restores the model's mode.
+    The choice is `PackedDataset.eval_rows(max_batches)`, the same for every ``batch_size``. Shows its
+    progress and restores the model's mode.
     """
     was_training = model.training
     model.eval()

@@ -105,8 +105,16 @@ def test_bytes_are_shown_in_megabytes():
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0, "0 s"), (45.4, "45 s"), (99, "99 s"), (120, "2 min"), (5400, "90 min"), (9000, "2.5 h")]
-    + [(40 * 3600, "40 h"), (3.1 * 86400, "3.1 days")],
+    [
+        (0, "0 s"),
+        (45.4, "45 s"),
+        (99, "99 s"),
+        (120, "2 min"),
+        (5400, "90 min"),
+        (9000, "2.5 h"),
+        (40 * 3600, "40 h"),
+        (3.1 * 86400, "3.1 days"),
+    ],
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
@@ -140,7 +148,10 @@ def test_bars_on_a_terminal_of_80_columns():
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     rows = [row.strip() for row in re.split(r"[\r\n]+", text)]
     assert "a line above" in rows
-    assert any(re.fullmatch(r"\S+ step 1234 of 5000, \d+ s left  loss 11.4866  212,345 tok/s .*", row) for row in rows)
+    assert any(
+        re.fullmatch(r"\S+ step 1234 of 5000, \d+ s left  loss 11.4866  212,345 tok/s .*", row)
+        for row in rows
+    )
     assert any(re.fullmatch(r"\S+ held-out row 120 of 900, \d+ s left", row) for row in rows)
     assert max(map(len, rows)) <= 80
 

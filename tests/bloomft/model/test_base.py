@@ -227,8 +227,8 @@ def test_the_stored_weights_leave_memory_while_they_are_cast(base_copy):
     BloomForCausalLM(config).half().save_pretrained(base_copy)
     size, peak = process_memory.in_fresh_process(_bytes_that_a_cast_takes, str(base_copy))
     assert size > 140 * 2**20
-    # both dtypes at once would be 1.5 times the size
-    assert peak < 1.2 * size
+    # the stored half has been read for the fingerprint: while it stays, the peak is the whole size
+    assert peak < 0.75 * size
 
 
 def test_a_cast_keeps_every_value(base_copy):
