@@ -16,7 +16,8 @@ def main(arguments: Sequence[str]) -> None:
         print("usage: bloomft COMMAND ...\n")
         for command, meaning in COMMANDS.items():
             print(f"  {command:10}{meaning}")
-        print("\nbloomft COMMAND --help shows a command's arguments")
+        print("\nbloomft COMMAND --help shows a command's arguments and examples; to begin with:")
+        print("\n  bloomft demo\n  bloomft train configs/bloom-560m.yaml 'data.filenames=texts/*.md'")
         return
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
