@@ -19,6 +19,9 @@ _CHOSEN_BY_THE_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # in libgomp's unit; on an idle machine a step takes 0.8% longer than with the default, with 1,000 9%
 SPIN_COUNT = 20_000
 
+# the values of train.precision and torch's names for them
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _MADV_DONTNEED = 4
@@ -93,13 +96,16 @@ def pick_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def pick_dtype(precision: str, device: "torch.device") -> "torch.dtype":
-    """The dtype of ``train.precision`` on ``device``: "auto" is bfloat16 on CUDA, float32 elsewhere."""
+def dtype_of(precision: str) -> "torch.dtype":
+    """The dtype that one of `PRECISIONS` stands for."""
     import torch
 
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return getattr(torch, PRECISIONS[precision])
+
+
+def precision_of(dtype: "torch.dtype") -> str:
+    """The one of `PRECISIONS` that stands for a dtype."""
+    return next(name for name in PRECISIONS if dtype_of(name) == dtype)
 
 
 def check_memory(what: str, least: int, device: "torch.device") -> None:

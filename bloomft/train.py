@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bloomft.accounting import BatchCounts, StepCost, gemm_rate, peak_memory
+from bloomft.accounting import BatchCounts, GemmLimit, StepCost, peak_memory
 from bloomft.command_line import CommandParser, parse_command, run_command
 from bloomft.config.keys import Config, TrainConfig
 from bloomft.data.rows import PackedDataset
 from bloomft.errors import EXIT_STOPPED, UserError
 from bloomft.model.base import quiet_transformers
 from bloomft.process import pick_device, setup_process
+from bloomft.progress import waiting
 from bloomft.run.checkpoint import LAST
 from bloomft.run.early_checks import check_early
 from bloomft.run.evaluation import evaluate
@@ -87,9 +88,11 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
         run.base_eval_loss = _evaluate(job, heldout, settings)
         log.message(f"held-out loss of the base: {run.base_eval_loss:.4f}")
         log.track(0, eval_loss=run.base_eval_loss)
-    cost, limit = StepCost.of(run.model), gemm_rate(run.model.device, run.model.dtype)
+    with waiting("measuring kernels"):
+        cost, limit = StepCost.of(run.model), GemmLimit(run.model.device, run.model.dtype)
+        run.prepare(batch_size * config.data.max_length)
+    log.message(limit.describe())
     eval_loss = None
-    run.prepare(batch_size * config.data.max_length)
     while run.step < total and not stop:
         batches = [rows.batch(run.position + i * batch_size, batch_size) for i in range(accumulate)]
         counts = sum((BatchCounts.of(batch) for batch in batches), BatchCounts())
@@ -105,6 +108,7 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
         evaluated = heldout if ends or _is_due(settings.eval_every_n_steps, run.step) else None
         if evaluated is not None or ends or _is_due(settings.log_every_n_steps, run.step):
             _check_finite(job)
+            known = limit.rate
             values = {
                 "loss": run.window.mean_loss(),
                 "lr": lr,
@@ -117,6 +121,8 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
             if evaluated is not None:
                 values["eval_loss"] = eval_loss = _evaluate(job, evaluated, settings)
                 run.step_on_metric(eval_loss)
+            if limit.rate != known:
+                log.message(f"MFU: of {limit.rate / 1e9:,.0f} GFLOP/s from here on, measured again")
             log.kernels()
             log.record(run.step, **values)
             run.window.clear()
