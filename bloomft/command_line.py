@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "fine-tune BLOOM with LoRA, or resume a stopped run",
     "export": "turn a checkpoint into a merged model or a PEFT adapter",
     "generate": "generate text with the base, a checkpoint or an exported model",
+    "cache": "list what is cached, tokens and the embedded base, or remove it",
     "demo": "the whole workflow on a small embedded model, in a minute or two",
 }
 

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from bloomft.data.documents import (
 )
 from bloomft.data.text_pieces import added_tokens_for_cutting, cut_text
 from bloomft.errors import UserError
-from bloomft.files import lock_file, sync_folder
+from bloomft.files import lock_file, mark_used, sync_folder
 from bloomft.progress import say, waiting
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ PIECE_CHARACTERS = 1 << 13
 BATCH_CHARACTERS = 1 << 19
 READ_BYTES = 1 << 20
 
-_META = "meta.json"
+META = "meta.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,8 @@ class TokenCache:
     tokens: [num_tokens] uint16 or uint32, all documents one after another; offsets: [num_documents + 1]
     int64, where each begins and the last ends; prompt_lengths: [num_documents] int64, how many of a
     document's tokens are prompt; report: what reading the files found; key: hash of the content and
-    the tokenizer that made it. The arrays are read-only memory maps when they come from `build_token_cache`.
+    the tokenizer that made it. The arrays are read-only memory maps when they come from `build_token_cache`;
+    its files are then marked as in use, by a lock on meta.json, as long as the object lives.
     """
 
     tokens: np.ndarray
@@ -334,7 +336,7 @@ def _write_cache(
     if not report.documents:
         raise UserError(f"data.filenames holds no text to train on: {report.describe()}; name other files")
     meta.update(version=FORMAT_VERSION, report=dataclasses.asdict(report))
-    with open(folder / _META, "w") as file:
+    with open(folder / META, "w") as file:
         json.dump(meta, file)
         file.flush()
         os.fsync(file.fileno())
@@ -396,30 +398,40 @@ def _pieces(document: Document, added_tokens: tuple[str, ...] | None) -> Iterato
 
 def _open_cache(folder: Path) -> TokenCache | None:
     """The cache in ``folder``, or None where it is missing, of another format, truncated or damaged."""
-    try:
-        meta = json.loads((folder / _META).read_text())
-        if meta["version"] != FORMAT_VERSION:
-            return None
-        num_documents, num_tokens = meta["num_documents"], meta["num_tokens"]
-        layout = {
-            "tokens": (np.dtype(meta["dtype"]), num_tokens),
-            "offsets": (np.dtype(np.int64), num_documents + 1),
-            "prompt_lengths": (np.dtype(np.int64), num_documents),
-        }
-        arrays = {}
-        for name, (dtype, length) in layout.items():
-            path = folder / f"{name}.bin"
-            if path.stat().st_size != length * dtype.itemsize:
-                return None
-            # As the plain base class: slicing an np.memmap costs several times as much.
-            arrays[name] = np.memmap(path, dtype=dtype, mode="r", shape=(length,)).view(np.ndarray)
-            if _checksum(path) != meta["crc32"][name]:
-                return None
-        # A folder that is about to be renamed has a suffix after its key.
-        key = folder.name.removeprefix("tokens-").partition(".")[0]
-        return TokenCache(**arrays, report=ReadReport(**meta["report"]), key=key)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    unreadable = (OSError, ValueError, KeyError, TypeError, RecursionError)
+    with contextlib.ExitStack() as stack, contextlib.suppress(*unreadable):
+        mark = stack.enter_context((folder / META).open("rb"))
+        if lock_file(mark, wait=False, shared=True) is False:
+            return None  # it is being removed
+        cache = _read_cache(folder, json.load(mark))
+        if cache is not None:
+            weakref.finalize(cache, stack.pop_all().close)
+            mark_used(folder / META)
+        return cache
+    return None
+
+
+def _read_cache(folder: Path, meta: dict[str, Any]) -> TokenCache | None:
+    if meta["version"] != FORMAT_VERSION:
         return None
+    num_documents, num_tokens = meta["num_documents"], meta["num_tokens"]
+    layout = {
+        "tokens": (np.dtype(meta["dtype"]), num_tokens),
+        "offsets": (np.dtype(np.int64), num_documents + 1),
+        "prompt_lengths": (np.dtype(np.int64), num_documents),
+    }
+    arrays = {}
+    for name, (dtype, length) in layout.items():
+        path = folder / f"{name}.bin"
+        if path.stat().st_size != length * dtype.itemsize:
+            return None
+        # As the plain base class: slicing an np.memmap costs several times as much.
+        arrays[name] = np.memmap(path, dtype=dtype, mode="r", shape=(length,)).view(np.ndarray)
+        if _checksum(path) != meta["crc32"][name]:
+            return None
+    # A folder that is about to be renamed has a suffix after its key.
+    key = folder.name.removeprefix("tokens-").partition(".")[0]
+    return TokenCache(**arrays, report=ReadReport(**meta["report"]), key=key)
 
 
 def _checksum(path: Path) -> int:

@@ -20,6 +20,7 @@ from transformers import (
 
 from bloomft.config.keys import LoraConfig, TransformerConfig, default_cache_dir
 from bloomft.errors import UserError
+from bloomft.files import in_use, mark_used
 from bloomft.model.base_files import (
     INDEX,
     base_file,
@@ -65,7 +66,7 @@ def load_base(config: TransformerConfig) -> Base:
     location, options = _location(config)
     folder, reading = None, "config.json"
     try:
-        with waiting(f"loading {name}"):
+        with waiting(f"loading {name}"), in_use(Path(location) / "config.json"):
             folder = base_file(location, "config.json", options).parent
             settings = AutoConfig.from_pretrained(location, **options)
             _check_settings(name, settings, folder)
@@ -102,7 +103,9 @@ def _location(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     if name == TINY_BASE:
         from bloomft.model.tiny_base import tiny_base_folder
 
-        return str(tiny_base_folder()), {}
+        folder = tiny_base_folder()
+        mark_used(folder / "config.json")
+        return str(folder), {}
     location = os.path.expanduser(name)
     keys = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
     options = {key: value for key in keys if (value := getattr(config, key)) is not None}
