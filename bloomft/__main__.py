@@ -17,7 +17,9 @@ def main(arguments: Sequence[str]) -> None:
         print("usage: bloomft COMMAND ...\n")
         for command, meaning in COMMANDS.items():
             print(f"  {command:10}{meaning}")
-        print("\nbloomft COMMAND --help shows a command's arguments; bloomft --version the version")
+        print("\nbloomft COMMAND --help shows a command's arguments and examples, bloomft --version")
+        print("the version; to begin with:")
+        print("\n  bloomft demo\n  bloomft train configs/bloom-560m.yaml 'data.filenames=texts/*.md'")
         return
     if name == "--version":
         print(f"bloomft {__version__}")

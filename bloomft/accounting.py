@@ -12,6 +12,7 @@ from bloomft.batch import IGNORE_INDEX, PADDING_ID, Batch
 from lorakernels import LoRALinear, frozen_linear
 
 FIRST_PROJECTION = "h.0.self_attention.query_key_value"
+CONVENTION = "4 FLOPs a frozen parameter and token, attention counted, recomputation not"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class StepCost:
     product, the weight's gradient, hence about 4 FLOPs a parameter and token and not 6. Its adapter costs
     2·r·(K + N) forward and 4·r·(K + N) backward. The first query_key_value needs no gradient of its input.
     The vocabulary head costs 4·V·H a label, attention 12·H a layer and visible (query, key) pair. Work done
-    again (checkpointing, attention's backward) is left out: the model does not need it.
+    again (checkpointing, attention's backward) is left out: the model does not need it. `CONVENTION` says so
+    beside every MFU.
     """
 
     per_token: float
@@ -74,13 +76,16 @@ class BatchCounts:
 
 @torch.no_grad()
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds: int = 25) -> float:
-    """FLOP/s of a square matrix product on ``device``, fastest of ``rounds``: the limit that MFU refers to.
+    """FLOP/s of a square matrix product on ``device``, fastest of ``rounds``.
 
-    On a CPU by the library and in the precision that `lorakernels` has found to be faster.
+    On a CPU by the library and in the precision that `lorakernels` has found to be faster. The numbers are
+    normal: products of ones take a GPU less power, and run faster than those of a step.
     """
     if device.type == "cuda":
         size *= 8
-    a = torch.ones(size, size, dtype=dtype, device=device)
+    # a generator of its own: a run's random numbers must not depend on what is measured
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, dtype=dtype, device=device, generator=generator)
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -89,6 +94,28 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)
+
+
+class GemmLimit:
+    """The FLOP/s that MFU refers to: `gemm_rate`, measured again when a step exceeds it.
+
+    Other work on the machine makes a measurement too small. What a step has reached is a lower bound of the
+    limit, so that MFU is never above 1.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self.rate = gemm_rate(device, dtype)
+
+    def share(self, reached: float) -> float:
+        """``reached``, in FLOP/s, as a share of the limit, at most 1."""
+        if reached > self.rate:
+            self.rate = max(gemm_rate(self._device, self._dtype), reached)
+        return reached / self.rate
+
+    def describe(self) -> str:
+        """What MFU means, for the log."""
+        return f"MFU: the share of {self.rate / 1e9:,.0f} GFLOP/s, measured here; {CONVENTION}"
 
 
 def peak_memory(device: torch.device) -> int:

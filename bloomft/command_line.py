@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from bloomft.config.keys import Config
@@ -16,8 +17,14 @@ COMMANDS = {
     "train": "fine-tune BLOOM with LoRA, or resume a stopped run",
     "export": "turn a checkpoint into a merged model or a PEFT adapter",
     "generate": "generate text with the base, a checkpoint or an exported model",
+    "cache": "list what is cached, tokens and the embedded base, or remove it",
     "demo": "the whole workflow on a small embedded model, in a minute or two",
 }
+
+_ABOUT_OVERRIDES = (
+    "key=value changes a key of the configuration, for instance train.batch_size=4;",
+    "python -m bloomft.config lists them all.\n",
+)
 
 
 def call_command(name: str, arguments: Sequence[str]) -> None:
@@ -44,8 +51,34 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
+def program_name(command: str) -> str:
+    """How ``command`` was called: as ``bloomft train``, or as a module of Python."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py" and called.parent.name == "bloomft":
+        return f"python -m bloomft {command}"
+    return f"bloomft {command}" if called.stem == "bloomft" else f"python -m bloomft.{command}"
+
+
 class CommandParser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are `UserError`s."""
+    """The parser of one of `COMMANDS`, whose errors are `UserError`s.
+
+    Args:
+        usage: what follows the program's name; about: what the command does, in lines of at most 80 columns.
+        examples: arguments, each with what they do.
+    """
+
+    def __init__(self, command: str, usage: str, about: str, examples: dict[str, str]) -> None:
+        name = program_name(command)
+        lines = [
+            f"  {name} {arguments}".rstrip() + f"\n      {meaning}" for arguments, meaning in examples.items()
+        ]
+        super().__init__(
+            prog=name,
+            usage=f"%(prog)s {usage}",
+            description=about,
+            epilog="\n".join([*_ABOUT_OVERRIDES * ("key=value" in usage), "examples:", *lines]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         """What argparse calls for words that it cannot parse."""

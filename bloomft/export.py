@@ -178,13 +178,25 @@ def _loss_by_document(model: BloomForCausalLM, batches: Iterable[Batch]) -> floa
     return total / count
 
 
+_USAGE = """CONFIG CHECKPOINT [--output DIR]
+       [--format merged|adapter] [key=value ...]"""
+_ABOUT = """Turn a checkpoint into files that other programs load: a whole model in Hugging
+Face's format (merged), or its adapter in PEFT's (adapter)."""
+_EXAMPLES = {
+    "run.yaml last.ckpt": "the merged model, into runs/run/merged",
+    "run.yaml step-500.ckpt --format adapter": "an earlier state, as an adapter",
+}
+
+
 def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG CHECKPOINT [--output DIR] [--format merged|adapter] [key=value ...]."""
-    parser = CommandParser(prog="python -m bloomft.export", description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="the YAML file of the run")
-    parser.add_argument("checkpoint", help="a checkpoint, or its name inside the run's folder")
-    parser.add_argument("--output", help="folder to write; default <run folder>/<format>")
-    parser.add_argument("--format", choices=("merged", "adapter"), default="merged")
+    parser = CommandParser("export", _USAGE, _ABOUT, _EXAMPLES)
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or its name inside the run's folder"
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder to write; default <run folder>/<format>")
+    parser.add_argument("--format", choices=("merged", "adapter"), default="merged", help="default: merged")
     options, config = parse_command(parser, arguments)
     setup_process()
     quiet_transformers()

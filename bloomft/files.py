@@ -68,19 +68,35 @@ def remove_unfinished(folder: Path, names: re.Pattern[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def lock_file(file: BinaryIO, *, wait: bool) -> bool | None:
+def lock_file(file: BinaryIO, *, wait: bool, shared: bool = False) -> bool | None:
     """Lock an open file until it is closed; False if another process holds it, None without lock support.
 
-    The lock is the kernel's (flock): it ends with the process that holds it, however that ends. Containers
-    on one host share it, and so do the clients of one NFS server unless they mount it with ``local_lock``.
+    A ``shared`` lock excludes only those that are not. The lock is the kernel's (flock): it ends with the
+    process that holds it, however that ends. Containers on one host share it, and so do the clients of one
+    NFS server unless they mount it with ``local_lock``.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:
         return None
     return True
+
+
+@contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Keep others from removing the folder that ``path`` marks, see `bloomft.cache`, where it is a file."""
+    with contextlib.ExitStack() as stack:
+        with suppress(OSError):
+            lock_file(stack.enter_context(path.open("rb")), wait=False, shared=True)
+        yield
+
+
+def mark_used(path: Path) -> None:
+    """Make now the time of ``path``, where that can be written."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 class AppendedFile:

@@ -19,19 +19,41 @@ from bloomft.model.base import quiet_transformers
 from bloomft.process import setup_process
 from bloomft.run.generation import Sampling, generate, load_for_generation
 
+_USAGE = """CONFIG [CHECKPOINT] --prompt TEXT
+       [--max-new-tokens N] [--temperature N] [--top-p N] [--seed N]
+       [key=value ...]"""
+_ABOUT = "Generate text with the base, a checkpoint or an exported model."
+_EXAMPLES = {
+    "run.yaml last.ckpt --prompt '# My project'": "with what the run has learned so far",
+    "run.yaml --prompt '# My project'": "with the base alone, to compare",
+    "runs/run/merged --prompt - < prompt.txt": "with an exported model",
+}
+
 
 def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG [CHECKPOINT] --prompt TEXT [options] [key=value ...]."""
-    parser = CommandParser(prog="python -m bloomft.generate", description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="the YAML file of the run, or an exported folder")
-    parser.add_argument("checkpoint", nargs="?", help="a checkpoint or an exported folder; default: the base")
-    parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens)
+    parser = CommandParser("generate", _USAGE, _ABOUT, _EXAMPLES)
     parser.add_argument(
-        "--temperature", type=float, default=Sampling.temperature, help="0: always the most likely token"
+        "config", metavar="CONFIG", help="the YAML file of the run, or a merged model's folder"
     )
-    parser.add_argument("--top-p", type=float, default=Sampling.top_p)
-    parser.add_argument("--seed", type=int, default=Sampling.seed)
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        nargs="?",
+        help="a checkpoint or an exported folder; default: the base",
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", required=True, help="text to continue; - reads standard input"
+    )
+    for name, kind, default, meaning in (
+        ("--max-new-tokens", int, Sampling.max_new_tokens, "the most tokens to generate"),
+        ("--temperature", float, Sampling.temperature, "0 takes the most likely token"),
+        ("--top-p", float, Sampling.top_p, "draw from the likeliest tokens that add up to this"),
+        ("--seed", int, Sampling.seed, "the same seed gives the same text"),
+    ):
+        parser.add_argument(
+            name, metavar="N", type=kind, default=default, help=f"{meaning}; default {default}"
+        )
     options, overrides = split_overrides(parser, arguments)
     if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UserError("--max-new-tokens must be ≥ 1, --temperature ≥ 0 and --top-p in (0, 1]")

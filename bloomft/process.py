@@ -19,8 +19,12 @@ _CHOSEN_BY_THE_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # in libgomp's unit; on an idle machine a step takes 0.8% longer than with the default, with 1,000 9%
 SPIN_COUNT = 20_000
 
+# the values of train.precision and torch's names for them
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+_MADV_DONTNEED = 4
 
 
 def share_cores() -> None:
@@ -64,6 +68,23 @@ def release_freed_memory() -> None:
             libc.malloc_trim(0)
 
 
+def release_mapped_pages(address: int, size: int) -> None:
+    """Take a mapped file's pages out of this process's memory; reading them again reads the file.
+
+    ``address`` and ``size`` in bytes. Nothing happens where no file is mapped there, or not on Linux.
+    """
+    if sys.platform != "linux":
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    first, last = -(-address // page) * page, (address + size) // page * page
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, inode, *_ = line.split(maxsplit=5)
+        start, end = (int(bound, 16) for bound in span.split("-"))
+        # anonymous memory, of inode 0, would lose its content
+        if inode != "0" and start <= first < last <= end:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
 def pick_device(name: str) -> "torch.device":
     """The device of ``train.device``: "auto", "cpu" or "cuda". `UserError` for "cuda" where there is none."""
     import torch
@@ -75,13 +96,16 @@ def pick_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def pick_dtype(precision: str, device: "torch.device") -> "torch.dtype":
-    """The dtype of ``train.precision`` on ``device``: "auto" is bfloat16 on CUDA, float32 elsewhere."""
+def dtype_of(precision: str) -> "torch.dtype":
+    """The dtype that one of `PRECISIONS` stands for."""
     import torch
 
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return getattr(torch, PRECISIONS[precision])
+
+
+def precision_of(dtype: "torch.dtype") -> str:
+    """The one of `PRECISIONS` that stands for a dtype."""
+    return next(name for name in PRECISIONS if dtype_of(name) == dtype)
 
 
 def check_memory(what: str, least: int, device: "torch.device") -> None:

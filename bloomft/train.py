@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bloomft.accounting import BatchCounts, StepCost, gemm_rate, peak_memory
+from bloomft.accounting import BatchCounts, GemmLimit, StepCost, peak_memory
 from bloomft.command_line import CommandParser, parse_command, run_command
 from bloomft.config.keys import Config, TrainConfig
 from bloomft.data.rows import PackedDataset
 from bloomft.errors import EXIT_STOPPED, UserError
 from bloomft.model.base import quiet_transformers
 from bloomft.process import pick_device, setup_process
+from bloomft.progress import waiting
 from bloomft.run.checkpoint import LAST
 from bloomft.run.early_checks import check_early
 from bloomft.run.evaluation import evaluate
@@ -83,14 +84,17 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
     run, rows, heldout, settings = job.run, job.data.train, job.data.heldout, config.train
     total = config.optim.scheduler.num_training_steps
     batch_size, accumulate = settings.batch_size, settings.accumulate_grad_batches
-    # before the first evaluation: afterwards its buffers would not fit the holes between the model's tensors
-    cost, limit = StepCost.of(run.model), gemm_rate(run.model.device, run.model.dtype)
+    with waiting("measuring kernels"):
+        # before the first evaluation: later its buffers would not fit the holes between the model's tensors
+        cost, limit = StepCost.of(run.model), GemmLimit(run.model.device, run.model.dtype)
     if run.step == 0 and run.base_eval_loss is None and heldout is not None and not stop:
-        run.base_eval_loss = _evaluate(job, heldout, settings, log)
+        run.base_eval_loss = _evaluate(job, heldout, settings)
         log.message(f"held-out loss of the base: {run.base_eval_loss:.4f}")
         log.track(0, eval_loss=run.base_eval_loss)
+    with waiting("measuring kernels"):
+        run.prepare(batch_size * config.data.max_length)
+    log.message(limit.describe())
     eval_loss = None
-    run.prepare(batch_size * config.data.max_length)
     while run.step < total and not stop:
         batches = [rows.batch(run.position + i * batch_size, batch_size) for i in range(accumulate)]
         counts = sum((BatchCounts.of(batch) for batch in batches), BatchCounts())
@@ -106,6 +110,7 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
         evaluated = heldout if ends or _is_due(settings.eval_every_n_steps, run.step) else None
         if evaluated is not None or ends or _is_due(settings.log_every_n_steps, run.step):
             _check_finite(job)
+            known = limit.rate
             values = {
                 "loss": run.window.mean_loss(),
                 "lr": lr,
@@ -116,8 +121,10 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
             if run.scaler.is_enabled():
                 values["skipped_steps"] = run.skipped
             if evaluated is not None:
-                values["eval_loss"] = eval_loss = _evaluate(job, evaluated, settings, log)
+                values["eval_loss"] = eval_loss = _evaluate(job, evaluated, settings)
                 run.step_on_metric(eval_loss)
+            if limit.rate != known:
+                log.message(f"MFU: of {limit.rate / 1e9:,.0f} GFLOP/s from here on, measured again")
             log.kernels()
             log.record(run.step, **values)
             run.window.clear()
@@ -130,14 +137,13 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
         log.message(f"stopped; {held}; the same command resumes from there")
         return None
     if eval_loss is None and heldout is not None:
-        eval_loss = _evaluate(job, heldout, settings, log)
+        eval_loss = _evaluate(job, heldout, settings)
     log.message(f"{job.last} holds step {job.saved} of {total}")
     return eval_loss
 
 
-def _evaluate(job: Job, heldout: PackedDataset, settings: TrainConfig, log: RunLog) -> float:
-    with log.evaluation() as progress:
-        return evaluate(job.run.model, heldout, settings.batch_size, settings.eval_max_batches, progress)
+def _evaluate(job: Job, heldout: PackedDataset, settings: TrainConfig) -> float:
+    return evaluate(job.run.model, heldout, settings.batch_size, settings.eval_max_batches)
 
 
 def _save(job: Job, log: RunLog, *, keep: bool) -> None:
@@ -166,12 +172,23 @@ def _kept(last: Path) -> str:
     return f"{last} is as it was" if last.exists() else "nothing is saved yet"
 
 
+_ABOUT = """Fine-tune BLOOM with LoRA.
+
+The same command, run again, resumes from last.ckpt in the run's folder,
+runs/<name of CONFIG>. Exit status: 0 done, 2 a mistake to correct, 75 stopped
+by a signal and saved."""
+_EXAMPLES = {
+    "configs/bloom-tiny.yaml": "a small model that needs no network and no text of yours",
+    "configs/bloom-560m.yaml 'data.filenames=texts/*.md'": "your own text",
+    "run.yaml train.gradient_checkpointing=true": "with less memory",
+    "run.yaml train.resume=never": "from the start; the earlier run is moved aside",
+}
+
+
 def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG [key=value ...]."""
-    parser = CommandParser(
-        prog="python -m bloomft.train", usage="%(prog)s CONFIG [key=value ...]", description=__doc__
-    )
-    parser.add_argument("config", help="the YAML file of the run")
+    parser = CommandParser("train", "CONFIG [key=value ...]", _ABOUT, _EXAMPLES)
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
     with stop_signals():
         _, config = parse_command(parser, arguments)
         setup_process()

@@ -11,7 +11,7 @@ from bloomft.command_line import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "batch", "files", "process", "accounting"),
+    ("errors", "batch", "files", "process", "progress", "accounting"),
     ("config",),
     ("data", "model"),
     ("run",),

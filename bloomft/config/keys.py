@@ -158,7 +158,8 @@ class TrainConfig:
     )
     precision: str = _key(
         "auto",
-        "dtype of the frozen base (adapters stay fp32); auto is bf16 on CUDA and fp32 on a CPU",
+        "dtype of the frozen base (adapters stay fp32); auto is bf16 on CUDA and, of fp32 and "
+        "bf16, what is faster on a CPU; a resumed run keeps its own",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     device: str = _key("auto", "auto is CUDA where there is one", choices=("auto", "cpu", "cuda"))

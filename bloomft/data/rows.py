@@ -80,7 +80,7 @@ class PackedDataset:
         self.max_length = max_length
         self.packing = packing
         self.report = cache.report
-        self._tokens = cache.tokens
+        self._cache = cache  # as a whole: it keeps others from removing the files
         self._pad_token_id = pad_token_id
         self._random_state = random_state
         starts, lengths, masked = _cut_windows(cache, np.asarray(document_ids, np.int64), max_length)
@@ -170,7 +170,7 @@ class PackedDataset:
             at = 0
             for document, piece in enumerate(row):
                 start, end = int(self._starts[piece]), at + int(self._lengths[piece])
-                tokens = self._tokens[start : start + end - at]
+                tokens = self._cache.tokens[start : start + end - at]
                 input_ids[b, at:end] = tokens
                 skip = int(self._masked[piece])
                 labels[b, at + skip : end] = tokens[skip:]

@@ -12,8 +12,8 @@ import json
 import os
 import secrets
 import shutil
-import sys
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,15 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from tokenizers import Tokenizer
 
 from bloomft.data.documents import (
@@ -43,7 +34,8 @@ from bloomft.data.documents import (
 )
 from bloomft.data.text_pieces import added_tokens_for_cutting, cut_text
 from bloomft.errors import UserError
-from bloomft.files import lock_file, sync_folder
+from bloomft.files import lock_file, mark_used, sync_folder
+from bloomft.progress import say, waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,7 +47,7 @@ PIECE_CHARACTERS = 1 << 13
 BATCH_CHARACTERS = 1 << 19
 READ_BYTES = 1 << 20
 
-_META = "meta.json"
+META = "meta.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +57,8 @@ class TokenCache:
     tokens: [num_tokens] uint16 or uint32, all documents one after another; offsets: [num_documents + 1]
     int64, where each begins and the last ends; prompt_lengths: [num_documents] int64, how many of a
     document's tokens are prompt; report: what reading the files found; key: hash of the content and
-    the tokenizer that made it. The arrays are read-only memory maps when they come from `build_token_cache`.
+    the tokenizer that made it. The arrays are read-only memory maps when they come from `build_token_cache`;
+    its files are then marked as in use, by a lock on meta.json, as long as the object lives.
     """
 
     tokens: np.ndarray
@@ -106,8 +99,7 @@ def build_token_cache(
 
     ``tokenizer`` must be a fast one with an end-of-text token; nothing in it is changed. A folder appears
     under its final name only when it is complete and synced, a damaged one is rebuilt, and of several
-    processes that need the same one the first builds it. ``progress`` shows a bar on a terminal and two lines
-    elsewhere.
+    processes that need the same one the first builds it. ``progress`` adds two lines to what a wait shows.
 
     Raises `UserError` for what the files hold (see `read_documents`), a file that changes meanwhile, a corpus
     without any document, an unsuitable tokenizer, and a folder that cannot be written.
@@ -239,7 +231,7 @@ def _exclusive(path: Path, progress: bool) -> Iterator[None]:
     with open(path, "ab") as lock:
         if lock_file(lock, wait=False) is False:
             if progress:
-                print("another process tokenizes the same text; waiting for it", file=sys.stderr)
+                say("another process tokenizes the same text; waiting for it")
             lock_file(lock, wait=True)
         yield
 
@@ -333,16 +325,18 @@ def _write_cache(
     dtype = np.dtype(np.uint16 if max(highest, tokenizer.eos) <= np.iinfo(np.uint16).max else np.uint32)
     report = ReadReport()
     started = time.perf_counter()
+    if progress:
+        say(f"tokenizing {len(files):,} files, {total / 1e6:,.1f} MB")
     with (
-        _progress_bar(total, len(files), progress) as advance,
+        waiting("tokenizing", total, in_bytes=True) as wait,
         contextlib.closing(_CacheWriter(folder, dtype, tokenizer.eos)) as out,
     ):
-        _tokenize(read_documents(files, report), backend, out, advance)
+        _tokenize(read_documents(files, report), backend, out, wait.advance)
         meta = out.finish()
     if not report.documents:
         raise UserError(f"data.filenames holds no text to train on: {report.describe()}; name other files")
     meta.update(version=FORMAT_VERSION, report=dataclasses.asdict(report))
-    with open(folder / _META, "w") as file:
+    with open(folder / META, "w") as file:
         json.dump(meta, file)
         file.flush()
         os.fsync(file.fileno())
@@ -350,7 +344,7 @@ def _write_cache(
     if progress:
         seconds = time.perf_counter() - started
         rate = f"{meta['num_tokens']:,} tokens in {seconds:.1f} s"
-        print(f"tokenized {report.describe()}: {rate}", file=sys.stderr)
+        say(f"tokenized {report.describe()}: {rate}")
 
 
 def _tokenize(
@@ -404,30 +398,40 @@ def _pieces(document: Document, added_tokens: tuple[str, ...] | None) -> Iterato
 
 def _open_cache(folder: Path) -> TokenCache | None:
     """The cache in ``folder``, or None where it is missing, of another format, truncated or damaged."""
-    try:
-        meta = json.loads((folder / _META).read_text())
-        if meta["version"] != FORMAT_VERSION:
-            return None
-        num_documents, num_tokens = meta["num_documents"], meta["num_tokens"]
-        layout = {
-            "tokens": (np.dtype(meta["dtype"]), num_tokens),
-            "offsets": (np.dtype(np.int64), num_documents + 1),
-            "prompt_lengths": (np.dtype(np.int64), num_documents),
-        }
-        arrays = {}
-        for name, (dtype, length) in layout.items():
-            path = folder / f"{name}.bin"
-            if path.stat().st_size != length * dtype.itemsize:
-                return None
-            # As the plain base class: slicing an np.memmap costs several times as much.
-            arrays[name] = np.memmap(path, dtype=dtype, mode="r", shape=(length,)).view(np.ndarray)
-            if _checksum(path) != meta["crc32"][name]:
-                return None
-        # A folder that is about to be renamed has a suffix after its key.
-        key = folder.name.removeprefix("tokens-").partition(".")[0]
-        return TokenCache(**arrays, report=ReadReport(**meta["report"]), key=key)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    unreadable = (OSError, ValueError, KeyError, TypeError, RecursionError)
+    with contextlib.ExitStack() as stack, contextlib.suppress(*unreadable):
+        mark = stack.enter_context((folder / META).open("rb"))
+        if lock_file(mark, wait=False, shared=True) is False:
+            return None  # it is being removed
+        cache = _read_cache(folder, json.load(mark))
+        if cache is not None:
+            weakref.finalize(cache, stack.pop_all().close)
+            mark_used(folder / META)
+        return cache
+    return None
+
+
+def _read_cache(folder: Path, meta: dict[str, Any]) -> TokenCache | None:
+    if meta["version"] != FORMAT_VERSION:
         return None
+    num_documents, num_tokens = meta["num_documents"], meta["num_tokens"]
+    layout = {
+        "tokens": (np.dtype(meta["dtype"]), num_tokens),
+        "offsets": (np.dtype(np.int64), num_documents + 1),
+        "prompt_lengths": (np.dtype(np.int64), num_documents),
+    }
+    arrays = {}
+    for name, (dtype, length) in layout.items():
+        path = folder / f"{name}.bin"
+        if path.stat().st_size != length * dtype.itemsize:
+            return None
+        # As the plain base class: slicing an np.memmap costs several times as much.
+        arrays[name] = np.memmap(path, dtype=dtype, mode="r", shape=(length,)).view(np.ndarray)
+        if _checksum(path) != meta["crc32"][name]:
+            return None
+    # A folder that is about to be renamed has a suffix after its key.
+    key = folder.name.removeprefix("tokens-").partition(".")[0]
+    return TokenCache(**arrays, report=ReadReport(**meta["report"]), key=key)
 
 
 def _checksum(path: Path) -> int:
@@ -461,23 +465,3 @@ def _publish(partial: Path, folder: Path) -> TokenCache:
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, damaged / "damaged")
         shutil.rmtree(damaged, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _progress_bar(total_bytes: int, num_files: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes of text on a terminal, one line elsewhere, nothing where not wanted."""
-    if not show or not sys.stderr.isatty():
-        if show:
-            print(f"tokenizing {num_files:,} files, {total_bytes / 1e6:,.1f} MB", file=sys.stderr)
-        yield lambda count: None
-        return
-    columns = (
-        TextColumn("tokenizing"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total_bytes or None)
-        yield lambda count: bar.advance(task, count)

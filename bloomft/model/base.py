@@ -2,7 +2,6 @@
 
 import functools
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from rich.console import Console
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -22,6 +20,7 @@ from transformers import (
 
 from bloomft.config.keys import LoraConfig, TransformerConfig, default_cache_dir
 from bloomft.errors import UserError
+from bloomft.files import in_use, mark_used
 from bloomft.model.base_files import (
     INDEX,
     base_file,
@@ -32,7 +31,8 @@ from bloomft.model.base_files import (
 )
 from bloomft.model.base_identity import base_identity
 from bloomft.model.patch import patch_bloom
-from bloomft.process import check_memory
+from bloomft.process import check_memory, release_mapped_pages
+from bloomft.progress import say, waiting
 
 TINY_BASE = "builtin:tiny"
 
@@ -66,7 +66,7 @@ def load_base(config: TransformerConfig) -> Base:
     location, options = _location(config)
     folder, reading = None, "config.json"
     try:
-        with Console(stderr=True).status(f"loading {name}"):
+        with waiting(f"loading {name}"), in_use(Path(location) / "config.json"):
             folder = base_file(location, "config.json", options).parent
             settings = AutoConfig.from_pretrained(location, **options)
             _check_settings(name, settings, folder)
@@ -88,7 +88,7 @@ def load_base(config: TransformerConfig) -> Base:
                 raise UserError(f"{where}: {verb} {min(keys)} ({len(keys)} such tensors)")
         if len(stored) > 1:
             *narrow, wide = (str(each).removeprefix("torch.") for each in (*sorted(stored, key=str), dtype))
-            print(f"{name}: stored in {' and '.join(narrow)}, loaded in {wide}", file=sys.stderr)
+            say(f"{name}: stored in {' and '.join(narrow)}, loaded in {wide}")
         fingerprint = remembered_fingerprint(model, files, default_cache_dir())
     except UserError:
         raise
@@ -103,7 +103,9 @@ def _location(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     if name == TINY_BASE:
         from bloomft.model.tiny_base import tiny_base_folder
 
-        return str(tiny_base_folder()), {}
+        folder = tiny_base_folder()
+        mark_used(folder / "config.json")
+        return str(folder), {}
     location = os.path.expanduser(name)
     keys = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
     options = {key: value for key in keys if (value := getattr(config, key)) is not None}
@@ -169,7 +171,7 @@ def patch_base(
     check_memory(f"model.lora.lora_dim {lora.lora_dim}", 4 * 4 * lora.lora_dim * sum(adapted), device)
     width = 4 * base.model.config.hidden_size
     check_memory(f"train.batch_size x data.max_length ({tokens} tokens)", 2 * width * tokens, device)
-    model = base.model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # @wraps(Module.to) adds self
+    model = _moved(base.model, device, dtype)
     try:
         return patch_bloom(
             model,
@@ -181,6 +183,19 @@ def patch_base(
         )
     except ValueError as error:
         raise UserError(f"model.lora: {error}") from error
+
+
+def _moved(model: BloomForCausalLM, device: torch.device, dtype: torch.dtype) -> BloomForCausalLM:
+    """``model`` on ``device`` in ``dtype``, in place; at no time are two copies of all weights in memory."""
+    parameters = list(model.parameters())
+    with waiting("preparing the base,", sum(p.nbytes for p in parameters), in_bytes=True) as wait:
+        for parameter in parameters:
+            before = parameter.data
+            parameter.data = before.to(device, dtype)
+            wait.advance(before.nbytes)
+            if parameter.data.data_ptr() != before.data_ptr():
+                release_mapped_pages(before.data_ptr(), before.nbytes)
+    return model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # buffers; @wraps(Module.to) adds self
 
 
 def quiet_transformers() -> None:

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from bloomft.errors import UserError
 from bloomft.files import make_folder, write_atomically
+from bloomft.progress import waiting
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Hashing fewer bytes than this is too fast for caching the result to pay off.
@@ -112,9 +113,11 @@ def fingerprint(model: BloomForCausalLM) -> str:
     names, parameters = zip(*sorted(model.named_parameters()), strict=True)
     digest = hashlib.blake2b(digest_size=20)
     digest.update(repr([getattr(model.config, key) for key in _ARCHITECTURE]).encode())
-    with ThreadPoolExecutor() as pool:
+    size = sum(parameter.nbytes for parameter in parameters)
+    with ThreadPoolExecutor() as pool, waiting("identifying the base,", size, in_bytes=True) as wait:
         for name, parameter, content in zip(names, parameters, pool.map(_hash, parameters), strict=True):
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode() + content)
+            wait.advance(parameter.nbytes)
     return digest.hexdigest()
 
 

@@ -42,13 +42,24 @@ def check_adapter_base(folder: Path, here: Mapping[str, str | None]) -> str | No
     if (known := _exported_base(folder)) is not None:
         check_base(known, here, folder)
         return None
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        said = _describe({"name": config["base_model_name_or_path"], "revision": config.get("revision")})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        said = "an unnamed base"
+    said = _named_base(folder)
     same = f"not checked that {here['name']} has the same weights"
     return f"{folder}: made for {said}, without a fingerprint: {same}"
+
+
+def refuse_adapter_alone(folder: Path) -> None:
+    """Raise `UserError` for a folder that holds an adapter without its base.
+
+    The base is not loaded by the name that the folder gives: that may be a path of another machine, or a
+    model of the hub that nobody asked for.
+    """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        known = _exported_base(folder)
+        said = _named_base(folder) if known is None else _describe(known)
+        raise UserError(
+            f"{folder}: an adapter without its base, {said}; give the configuration that names the base "
+            f"before it: CONFIG {folder}"
+        )
 
 
 def check_merged_base(folder: Path, transformer: TransformerConfig) -> None:
@@ -77,6 +88,15 @@ def _exported_base(folder: Path) -> Mapping[str, str | None] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     return known
+
+
+def _named_base(folder: Path) -> str:
+    """What ``adapter_config.json`` says of the base, in words."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return _describe({"name": config["base_model_name_or_path"], "revision": config.get("revision")})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "an unnamed base"
 
 
 def _expanded(name: str | None) -> str | None:

@@ -6,7 +6,6 @@ trained on the same text. Built on first use, in about a minute on two CPU cores
 
 import ast
 import hashlib
-import math
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import ByteLevelBPETokenizer
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
@@ -23,6 +20,7 @@ from bloomft.config.keys import default_cache_dir
 from bloomft.errors import UserError
 from bloomft.files import folder_written_aside
 from bloomft.model.patch import fuse_bloom, unfuse_bloom
+from bloomft.progress import say, waiting
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # BLOOM's own, under BLOOM's own ids
 
@@ -136,19 +134,8 @@ def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> Non
     ]
     generator = torch.Generator().manual_seed(recipe.seed)
     model.train()
-    console = Console(stderr=True, highlight=False)
-    console.print(
-        f"pre-training builtin:tiny once: {recipe.steps} steps on {rows.numel():,} tokens of docstrings"
-    )
-    columns = (
-        TextColumn("pre-training builtin:tiny"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-    )
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("", total=recipe.steps, loss=math.nan)
+    say(f"pre-training builtin:tiny once: {recipe.steps} steps on {rows.numel():,} tokens of docstrings")
+    with waiting("pre-training builtin:tiny, step", recipe.steps) as wait:
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(recipe.steps):
             if len(order) < recipe.batch_size:
@@ -161,6 +148,7 @@ def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> Non
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
-            progress.update(task, advance=1, loss=loss.item())
-    console.print(f"pre-trained: loss {loss.item():.3f}")
+            wait.advance(1)
+            wait.status = f"loss {loss.item():.3f}"
+    say(f"pre-trained: loss {loss.item():.3f}")
     model.eval()

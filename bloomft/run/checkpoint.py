@@ -23,6 +23,7 @@ from torch import Tensor
 from bloomft.config.keys import LoraConfig
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
+from bloomft.process import PRECISIONS
 
 FORMAT = 3
 LAST = "last.ckpt"
@@ -50,6 +51,7 @@ class TrainingState:
         rng: generator states by device, "cpu" and "cuda:<index>".
         window: loss sum and label count since the last line of metrics.jsonl.
         kernels: which implementation each operator took; None in files of formats 1 and 2.
+        precision: of the frozen base, "fp32", "bf16" or "fp16"; None in files of formats 1 and 2.
         base_eval_loss: held-out loss before the first step, None without held-out documents.
         config: the resolved configuration as YAML.
         lora: rank, scale and what else shapes the adapters.
@@ -66,6 +68,7 @@ class TrainingState:
     rng: dict[str, Tensor]
     window: dict[str, float]
     kernels: dict[str, Any] | None
+    precision: str | None
     base_eval_loss: float | None
     config: str
     lora: dict[str, Any]
@@ -87,9 +90,9 @@ def save_checkpoint(state: TrainingState, run_dir: Path, *, keep: bool) -> None:
 def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint onto the CPU.
 
-    Files of format 1, which counted micro-batches and had no hash, and of format 2, which had no
-    kernel choices, are converted. Raises `DamagedCheckpointError` if bytes have changed or it never was one,
-    `UserError` if it cannot be read or holds what no run writes.
+    Files of format 1, which counted micro-batches and had no hash, and of format 2, which had
+    neither kernel choices nor precision, are converted. Raises `DamagedCheckpointError` if bytes have changed
+    or it never was one, `UserError` if it cannot be read or holds what no run writes.
     """
     try:
         raw = path.read_bytes()
@@ -110,7 +113,7 @@ def load_checkpoint(path: Path) -> TrainingState:
     if version > 1 and not has_digest:
         raise DamagedCheckpointError(f"{path}: a damaged checkpoint: the hash at its end is missing")
     if version < 3:
-        content["kernels"] = None
+        content["kernels"] = content["precision"] = None
     names = {field.name for field in dataclasses.fields(TrainingState)}
     if not names <= content.keys():
         raise UserError(f"{path}: not a checkpoint of bloomft")
@@ -225,6 +228,7 @@ _RULES = {
     "rng": _is_rng,
     "window": lambda value: math.isfinite(value["loss"]) and _is_count(value["labels"]),
     "kernels": lambda value: value is None or isinstance(value, dict),
+    "precision": lambda value: value is None or value in PRECISIONS,
     "base_eval_loss": lambda value: value is None or isinstance(value, float),
     "config": _is_config,
     "lora": _is_lora,

@@ -1,12 +1,11 @@
 """The loss on rows that a run does not train on."""
 
-from collections.abc import Callable
-
 import torch
 from transformers import BloomForCausalLM
 
 from bloomft.batch import IGNORE_INDEX
 from bloomft.data.rows import PackedDataset
+from bloomft.progress import waiting
 
 
 @torch.no_grad()
@@ -15,22 +14,20 @@ def evaluate(
     rows: PackedDataset,
     batch_size: int,
     max_batches: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Mean loss over the labels of ``rows``, or of a fixed random choice of them, in nats per token.
 
-    The choice is `PackedDataset.eval_rows(max_batches)`, the same for every ``batch_size``. ``progress`` is
-    called with the rows done and their total. Restores the model's mode.
+    The choice is `PackedDataset.eval_rows(max_batches)`, the same for every ``batch_size``. Shows its
+    progress and restores the model's mode.
     """
     was_training = model.training
     model.eval()
     total, labels = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    done, num_rows = 0, len(rows.eval_rows(max_batches))
-    for batch in rows.eval_batches(batch_size, max_batches):
-        labels += int((batch["labels"] != IGNORE_INDEX).sum())
-        done += len(batch["labels"])
-        tensors = {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}
-        total += model(**tensors, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
-        progress(done, num_rows)
+    with waiting("held-out row", len(rows.eval_rows(max_batches))) as wait:
+        for batch in rows.eval_batches(batch_size, max_batches):
+            labels += int((batch["labels"] != IGNORE_INDEX).sum())
+            tensors = {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}
+            total += model(**tensors, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
+            wait.advance(len(batch["labels"]))
     model.train(was_training)
     return total.item() / labels

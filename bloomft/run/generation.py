@@ -14,7 +14,7 @@ from bloomft.config.keys import TransformerConfig
 from bloomft.config.loading import load_config
 from bloomft.errors import UserError
 from bloomft.model.base import Base, load_base, patch_base
-from bloomft.model.base_identity import check_adapter_base, check_merged_base
+from bloomft.model.base_identity import check_adapter_base, check_merged_base, refuse_adapter_alone
 from bloomft.model.patch import fuse_bloom
 from bloomft.model.peft_format import CONFIG_NAME, load_peft_adapter, load_peft_config
 from bloomft.process import pick_device
@@ -111,6 +111,7 @@ def load_for_generation(
     if os.path.isdir(source):  # unlike Path.is_dir, no error for a name that is too long
         if checkpoint is not None or overrides:
             raise UserError(f"{source}: a folder is used as it is, without checkpoint or key=value")
+        refuse_adapter_alone(Path(source))
         return _load_folder(source, pick_device("auto"))
     config = load_config(source, overrides)
     device = pick_device(config.train.device)  # fails before a base is loaded

@@ -3,18 +3,15 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bloomft.config.keys import Config
 from bloomft.config.loading import config_to_yaml
 from bloomft.errors import UserError
 from bloomft.files import AppendedFile, write_atomically
+from bloomft.progress import WIDTH, Task, duration, on_terminal, say, waiting
 from bloomft.run.trackers import WANDB_ID, open_tracker
 from lorakernels import kernel_report
 
@@ -39,27 +36,19 @@ class RunLog:
         self._log = AppendedFile(self.folder / "log")
         self._kernels = ""
         self._tracker = open_tracker(config, self.folder, step)
-        self._console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        total = config.optim.scheduler.num_training_steps
-        self._task = self._bar.add_task("step", total=total, completed=step, status="")
+        self._steps = config.optim.scheduler.num_training_steps, step
+        self._bar: Task | None = None
+        self._stack = ExitStack()
         if unreadable:
             self.message(f"{self.folder / METRICS}: unreadable lines removed: {unreadable}")
 
     def __enter__(self) -> "RunLog":
-        self._bar.start()
+        total, done = self._steps
+        self._bar = self._stack.enter_context(waiting("step", total, done=done))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._stack.close()
         try:
             self.sync()
         finally:
@@ -70,31 +59,27 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """One line on the terminal and, with the time, in the log file."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        say(text)
         self._log.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
-        self._bar.update(self._task, completed=step)
-
-    @contextmanager
-    def evaluation(self) -> Iterator[Callable[[int, int], None]]:
-        """A second bar while held-out rows are read; yields what takes the rows done and their total."""
-        task = self._bar.add_task("held-out row", total=None, status="")
-        try:
-            yield lambda done, rows: self._bar.update(task, completed=done, total=rows)
-        finally:
-            self._bar.remove_task(task)
+        if self._bar is not None:
+            self._bar.update(step)
 
     def record(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl, the same in words, and the same to the chosen tracker."""
         line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
         self._metrics.append(json.dumps(line) + "\n")
         words = _in_words(line)
-        self._bar.update(self._task, completed=step, status=words)
-        self._log.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} step {step}  {words}\n")
-        if not self._console.is_terminal or "eval_loss" in line:
-            self._console.print(f"step {step}  {words}", markup=False, soft_wrap=True)
+        self._log.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {'  '.join(words.values())}\n")
+        if self._bar is not None:
+            self._bar.status = "  ".join(words[name] for name in _ON_THE_BAR if name in words)
+            left = self._bar.seconds_left()
+            if left and step < self._steps[0]:
+                words["left"] = f"{duration(left)} left"
+        if not on_terminal() or "eval_loss" in line:
+            say(fitting(words))
         self.track(step, **values)
 
     def track(self, step: int, **values: float) -> None:
@@ -122,18 +107,32 @@ def _plain(value: float) -> float | int | None:
 
 
 _LABELS = {
+    "step": "step {}",
     "loss": "loss {:.4f}",
     "eval_loss": "held-out {:.4f}",
-    "lr": "lr {:.2e}",
-    "grad_norm": "|grad| {:.3f}",
+    "lr": "lr {:.1e}",
+    "grad_norm": "|grad| {:.2f}",
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "MFU {:.0%}",
     "skipped_steps": "{} steps skipped",
 }
+_ON_THE_BAR = ("loss", "tokens_per_second", "mfu")
+# What a terminal's line leaves out first where it would be too long; the log file and metrics.jsonl have all.
+_LEFT_OUT_FIRST = ("grad_norm", "lr", "skipped_steps", "left", "mfu", "tokens_per_second", "eval_loss")
 
 
-def _in_words(line: dict[str, Any]) -> str:
-    return "  ".join(text.format(line[name]) for name, text in _LABELS.items() if line.get(name) is not None)
+def _in_words(line: dict[str, Any]) -> dict[str, str]:
+    return {name: text.format(line[name]) for name, text in _LABELS.items() if line.get(name) is not None}
+
+
+def fitting(words: dict[str, str]) -> str:
+    """``words`` on one line of `WIDTH` columns, without the least important ones where they do not fit."""
+    kept = dict(words)
+    for name in _LEFT_OUT_FIRST:
+        if len("  ".join(kept.values())) <= WIDTH:
+            break
+        kept.pop(name, None)
+    return "  ".join(kept.values())
 
 
 def _truncate_metrics(path: Path, step: int) -> int:

@@ -9,11 +9,12 @@ from transformers import BloomForCausalLM
 
 from bloomft.config.keys import Config
 from bloomft.data.loading import TrainingData, load_data
+from bloomft.data.rows import PackedDataset
 from bloomft.model.base import Base, load_base, patch_base
 from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
 from bloomft.model.patch import adapted_layers
-from bloomft.process import pick_dtype
 from bloomft.run.checkpoint import LAST, TrainingState, save_checkpoint
+from bloomft.run.precision import choose_precision
 from bloomft.run.resumption import RunIdentity, find_resumption, resume
 from bloomft.run.state import RunState
 
@@ -47,7 +48,9 @@ def set_up(config: Config, device: torch.device) -> Job:
     Raises `UserError` for whatever the user can correct.
     """
     resumption = find_resumption(config)
-    dtype = pick_dtype(config.train.precision, device)
+    remembered = None if resumption.state is None else resumption.state.precision
+    precision = choose_precision(config.train.precision, device, remembered)
+    dtype = precision.dtype
     least_tokens = config.train.batch_size * (config.data.max_length if config.data.packing else 2)
     base = load_base(config.model.transformer)
     torch.manual_seed(config.data.random_state)
@@ -62,7 +65,12 @@ def set_up(config: Config, device: torch.device) -> Job:
         resume(run, resumption.state, identity, resumption.path)
     last = config.train.run_dir / LAST
     saved = run.step if resumption.path == last else None
-    notes = [*_describe(base, model, data), *resumption.notes]
+    notes = [
+        *_describe(base, model, data),
+        *describe_plan(config, data.train),
+        f"{precision.name} ({precision.reason}); {describe_memory(model)}",
+        *resumption.notes,
+    ]
     return Job(run, identity, data, last, saved, notes)
 
 
@@ -84,3 +92,34 @@ def _describe(base: Base, model: BloomForCausalLM, data: TrainingData) -> Iterat
         f"{rows.num_supervised_tokens:,} labels, {rows.padding_fraction:.1%} padding; "
         f"{'nothing' if heldout is None else f'{len(heldout)} rows'} held out"
     )
+
+
+def describe_plan(config: Config, rows: PackedDataset) -> Iterator[str]:
+    """What a step takes and how many there are, in two lines for the log."""
+    train, schedule = config.train, config.optim.scheduler
+    per_step = train.batch_size * train.accumulate_grad_batches
+    # without packing a row is only as long as its text
+    tokens = f"{per_step * rows.num_tokens / len(rows):,.0f}"
+    epoch = len(rows) / per_step
+    yield (
+        f"step: {train.batch_size} rows x {train.accumulate_grad_batches}, about {tokens} tokens; "
+        f"epoch: {len(rows):,} rows, {epoch:,.1f} steps"
+    )
+    mode = train.gradient_checkpointing
+    checkpointing = mode if isinstance(mode, str) else "on" if mode else "off"
+    yield (
+        f"run: {schedule.num_training_steps:,} steps, {schedule.num_training_steps / epoch:,.1f} epochs; "
+        f"lr {config.optim.optimizer.lr:.1e}, {schedule.name}, {schedule.num_warmup_steps:,} of warm-up; "
+        f"checkpointing {checkpointing}"
+    )
+
+
+def describe_memory(model: BloomForCausalLM) -> str:
+    """What weights, adapters and optimizer take, computed from the shapes, without activations."""
+    sizes = {True: 0, False: 0}
+    for parameter in model.parameters():
+        sizes[parameter.requires_grad] += parameter.nbytes
+    # a gradient and AdamW's two moments for each adapter
+    parts = {"base": sizes[False], "adapters": sizes[True], "gradients and AdamW": 3 * sizes[True]}
+    amounts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
+    return f"memory, computed: {amounts} MiB"

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM
 
-from bloomft.accounting import BatchCounts, StepCost
+from bloomft.accounting import BatchCounts, GemmLimit, StepCost
 from bloomft.batch import Batch
 from bloomft.config.keys import OptimConfig
 from bloomft.model.patch import adapted_layers, adapter_state, load_adapter_state
+from bloomft.process import precision_of
 from bloomft.run.optimization import make_optimizer, make_scheduler, restore_scheduler
 from bloomft.run.random_states import restore_rng_states, rng_states
 from bloomft.run.state_dicts import check_like, public
@@ -54,12 +55,12 @@ class LogWindow:
         """Loss in nats a label; waits for the device."""
         return self.loss.item() / max(self.labels, 1)
 
-    def rates(self, cost: StepCost, limit: float) -> dict[str, float]:
-        """Speed and what it counts; ``limit`` is the FLOP/s that MFU refers to."""
+    def rates(self, cost: StepCost, limit: GemmLimit) -> dict[str, float]:
+        """Speed and what it counts; ``limit`` is what MFU refers to."""
         seconds, counts = time.perf_counter() - self.start, self.counts
         return {
             "tokens_per_second": counts.tokens / seconds,
-            "mfu": cost.flops(counts) / seconds / limit,
+            "mfu": limit.share(cost.flops(counts) / seconds),
             "supervised_share": counts.labels / counts.tokens,
         }
 
@@ -177,6 +178,7 @@ class RunState:
             "rng": rng_states(),
             "window": {"loss": self.window.loss.item(), "labels": self.window.labels},
             "kernels": kernel_choices(),
+            "precision": precision_of(self.model.dtype),
             "base_eval_loss": self.base_eval_loss,
         }
 

@@ -116,6 +116,7 @@ def settings(tmp_path, base_folder, corpus) -> dict:
             "eval_every_n_steps": 6,
             "output_dir": str(tmp_path / "run"),
             "device": "cpu",
+            "precision": "fp32",  # what auto is depends on the machine
         },
     }
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bloomft.accounting import BatchCounts, StepCost, gemm_rate, peak_memory
+from bloomft import accounting
+from bloomft.accounting import BatchCounts, GemmLimit, StepCost, gemm_rate, peak_memory
 from bloomft.model.patch import patch_bloom
 from tests.bloomft.conftest import tiny_model
 
@@ -55,3 +56,28 @@ def test_measured_figures_are_figures():
     assert gemm_rate(cpu, torch.bfloat16, size=64, rounds=2) > 1e6
     assert peak_memory(cpu) == pytest.approx(peak_memory(cpu), rel=0.1)
     assert peak_memory(cpu) > 100 * 2**20
+
+
+def test_what_is_multiplied_is_random_and_a_run_s_random_numbers_are_not_used(monkeypatch):
+    taken = []
+    monkeypatch.setattr(accounting, "frozen_linear", lambda x, weight: taken.append((x, weight)))
+    before = torch.get_rng_state()
+    gemm_rate(torch.device("cpu"), torch.float32, size=256, rounds=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    for tensor in taken[0]:
+        assert abs(float(tensor.mean())) < 0.02
+        assert float(tensor.std()) == pytest.approx(1, abs=0.02)
+        assert len(tensor.unique()) > 60_000
+
+
+def test_a_limit_that_a_step_exceeds_is_measured_again(monkeypatch):
+    measured = iter([1e9, 2e9, 3e9])
+    monkeypatch.setattr(accounting, "gemm_rate", lambda device, dtype: next(measured))
+    limit = GemmLimit(torch.device("cpu"), torch.float32)
+    assert limit.share(5e8) == 0.5
+    assert limit.share(1.6e9) == 0.8
+    # a measurement that is too small again: what was reached is possible
+    assert limit.share(4e9) == 1
+    assert limit.share(2e9) == 0.5
+    assert "4 GFLOP/s" in limit.describe()
+    assert "4 FLOPs a frozen parameter and token" in limit.describe()

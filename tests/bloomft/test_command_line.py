@@ -1,23 +1,59 @@
 """What a user sees: one line and exit code 2 for a mistake, never a traceback."""
 
+import importlib
+import re
+import sys
+
 import pytest
 from transformers import AutoTokenizer
 
 from bloomft import export, generate, train
+from bloomft.command_line import COMMANDS
+from bloomft.errors import UserError
 from bloomft.run import generation
-from tests.bloomft.python_process import ROOT, finish, start_python
+from tests.bloomft.python_process import ROOT, finish, run_python, start_python
 
 
 def test_missing_configuration(fail, tmp_path):
     assert "none.yaml: cannot read the configuration" in fail(train, tmp_path / "none.yaml")
-    assert "bloomft.train: the following arguments are required: config; see --help" in fail(train)
+    assert "bloomft.train: the following arguments are required: CONFIG; see --help" in fail(train)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["run.yaml", "--help"]])
-def test_help_is_no_mistake(command, words):
-    status, output, _ = command(train, *words)
-    assert status == 0
-    assert "usage: python -m bloomft.train CONFIG [key=value ...]" in output
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["run.yaml", "--help"], ["a.b=c", "-h", "run.yaml"]])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_no_mistake(command, monkeypatch, name, words):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, output, errors = command(importlib.import_module(f"bloomft.{name}"), *words)
+    assert (status, errors) == (0, "")
+    assert output.startswith(f"usage: python -m bloomft.{name} ")
+    assert max(map(len, output.splitlines())) <= 80
+    *_, examples = output.partition("examples:\n")
+    assert examples.startswith(f"  python -m bloomft.{name}")
+
+
+@pytest.mark.parametrize(
+    ("called", "program"),
+    [
+        ("/usr/local/bin/bloomft", "bloomft train"),
+        (ROOT / "bloomft/__main__.py", "python -m bloomft train"),
+        (ROOT / "bloomft/train.py", "python -m bloomft.train"),
+        ("/usr/lib/pytest/__main__.py", "python -m bloomft.train"),
+    ],
+)
+def test_help_and_errors_name_the_program_as_it_was_called(monkeypatch, capsys, called, program):
+    monkeypatch.setattr(sys, "argv", [str(called)])
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    output = capsys.readouterr().out
+    assert output.startswith(f"usage: {program} CONFIG [key=value ...]\n")
+    assert f"  {program} run.yaml" in output
+    with pytest.raises(UserError, match=f"^{re.escape(program)}: the following"):
+        train.main([])
+
+
+@pytest.mark.parametrize("called", ["-m bloomft.demo --help", "-m bloomft train run.yaml --help"])
+def test_help_of_a_process(called):
+    assert run_python(*called.split()).startswith("usage: python -m bloomft")
 
 
 def test_no_file_matches(fail, settings, config_path, tmp_path):
@@ -77,7 +113,7 @@ def test_more_than_the_tokenizer_s_own_limit(fail, settings, config_path, base_c
 
 def test_export_and_generate_usage(fail, settings, config_path):
     path = config_path(settings)
-    assert "the following arguments are required: checkpoint" in fail(export, path)
+    assert "the following arguments are required: CHECKPOINT" in fail(export, path)
     assert "invalid choice: 'onnx'" in fail(export, path, "last.ckpt", "--format", "onnx")
     assert "unrecognized arguments: --fast" in fail(generate, path, "--prompt", "x", "--fast")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BloomForCausalLM
 
-from bloomft import export
+from bloomft import export, generate
 from bloomft.errors import UserError
 from bloomft.generate import main
 
@@ -69,3 +69,16 @@ def test_an_export_is_read_with_its_own_base_alone(trained, say, base_folder, ba
     with pytest.raises(UserError, match="base"):
         say(path, kind, f"model.transformer.pretrained_model_name_or_path={base_copy}")
     assert say(path, kind).startswith("# Usage")
+
+
+@pytest.mark.parametrize("writer", ["bloomft", "another program"])
+def test_an_adapter_alone_names_its_base_and_what_to_give(trained, say, fail, base_folder, writer):
+    path, run_dir = trained
+    adapter = run_dir / "adapter"
+    export.main([str(path), "last.ckpt", "--format", "adapter"])
+    if writer == "another program":
+        (adapter / "bloomft_export.json").unlink()
+    line = fail(generate, adapter, "--prompt", "x")
+    assert f"{adapter}: an adapter without its base, {base_folder}" in line
+    assert line.endswith(f"CONFIG {adapter}")
+    assert say(path, adapter).startswith("# Usage")

@@ -12,8 +12,10 @@ from tests.bloomft.python_process import finish, run_python, start_python
 @pytest.mark.parametrize("words", [["--help"], ["-h"], []], ids=" ".join)
 def test_help_names_every_command(words):
     output = run_python("-m", "bloomft", *words)
-    listed = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
-    assert listed == list(COMMANDS)
+    listed, _, examples = output.partition("to begin with:")
+    assert [line.split()[0] for line in listed.splitlines() if line.startswith("  ")] == list(COMMANDS)
+    assert "\n  bloomft train configs/" in examples
+    assert max(map(len, output.splitlines())) <= 80
 
 
 def test_version_is_that_of_the_package():

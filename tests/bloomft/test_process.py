@@ -39,7 +39,8 @@ sys.meta_path.insert(0, Watch())
 module, *sys.argv[1:] = sys.argv[1:]
 runpy.run_module(module, run_name="__main__")
 """
-PROGRAMS = [[f"bloomft.{command}"] for command in COMMANDS] + [["bloomft", command] for command in COMMANDS]
+WITH_TORCH = [command for command in COMMANDS if command != "cache"]
+PROGRAMS = [[f"bloomft.{command}"] for command in WITH_TORCH] + [["bloomft", name] for name in WITH_TORCH]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
@@ -48,6 +49,11 @@ def test_what_every_command_has_set_when_torch_is_imported(program):
     spins, watches = run_python("-c", WATCH, *program).split()
     assert spins == str(process.SPIN_COUNT)
     assert watches == str(program[-1].endswith("train"))
+
+
+@pytest.mark.parametrize("program", [["bloomft.cache"], ["bloomft", "cache"]], ids=" ".join)
+def test_the_cache_is_listed_without_torch(program, tmp_path):
+    assert run_python("-c", WATCH, *program, XDG_CACHE_HOME=str(tmp_path)).startswith("0 in ")
 
 
 @pytest.mark.parametrize(

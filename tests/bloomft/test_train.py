@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
 
+from bloomft import accounting
 from bloomft.config.keys import SCHEDULES
 from bloomft.errors import UserError
 from bloomft.run.checkpoint import load_checkpoint, save_checkpoint
 from lorakernels import cpu_gemm, dispatch
+from tests.bloomft.conftest import tiny_model
 from tests.bloomft.run_folder import adapters, metrics, same_adapters
 
 
@@ -182,3 +185,40 @@ def test_a_checkpoint_of_another_run_is_refused(run, change, expected):
     run()
     with pytest.raises(UserError, match=expected):
         run(**change)
+
+
+def test_no_line_says_that_more_than_the_machine_s_limit_was_reached(run, monkeypatch):
+    # a first measurement on a machine that is busy with something else
+    rates = iter([1.0])
+    measure = accounting.gemm_rate
+    monkeypatch.setattr(accounting, "gemm_rate", lambda *place: next(rates, None) or measure(*place))
+    result = run()
+    lines = metrics(result.run_dir)
+    assert all(0 < line["mfu"] <= 1 for line in lines)
+    assert lines[-1]["mfu"] < 0.9
+    said = [line for line in (result.run_dir / "log").read_text().splitlines() if " MFU: " in line]
+    assert "attention counted, recomputation not" in said[0]
+    assert said[1].endswith("GFLOP/s from here on, measured again")
+
+
+def test_the_start_says_what_a_step_and_the_run_take(run, capsys):
+    result = run(
+        train__batch_size=3, train__accumulate_grad_batches=2, train__precision="fp32", data__packing=True
+    )
+    said = (result.run_dir / "log").read_text()
+    rows = int(re.search(r"data: (\d+) rows of at most 32 tokens", said)[1])
+    step = re.search(r"step: 3 rows x 2, about (\d+) tokens; epoch: (\d+) rows, ([\d.]+) steps\n", said)
+    assert 6 * 20 < int(step[1]) <= 6 * 32
+    assert (int(step[2]), float(step[3])) == (rows, round(rows / 6, 1))
+    epochs = f"{12 * 6 / rows:.1f}"
+    run_line = f"run: 12 steps, {epochs} epochs; lr 1.0e-02, linear, 2 of warm-up; checkpointing off\n"
+    assert run_line in said
+    state = load_checkpoint(result.run_dir / "last.ckpt")
+    adapters = sum(tensor.nbytes for tensor in state.adapters.values()) / 2**20
+    base = sum(parameter.nbytes for parameter in tiny_model().parameters()) / 2**20
+    assert (
+        f"fp32 (as configured); memory, computed: base {base:.1f}, adapters {adapters:.1f}, "
+        f"gradients and AdamW {3 * adapters:.1f} MiB\n"
+    ) in said
+    shown = capsys.readouterr().err
+    assert run_line in shown

@@ -2,16 +2,18 @@
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM
 
-from bloomft.config.keys import TransformerConfig
+from benchmarks import process_memory
+from bloomft.config.keys import LoraConfig, TransformerConfig
 from bloomft.errors import UserError
-from bloomft.model.base import load_base
+from bloomft.model.base import load_base, patch_base
 
 
 def load(folder, **options):
@@ -207,3 +209,32 @@ def test_a_hub_model_in_the_download_cache(sharded, base_folder, tmp_path, monke
         load("me/bloom", cache_dir=str(hub))
     with pytest.raises(UserError, match="me/other: not a local folder, and it could not be downloaded"):
         load("me/other", cache_dir=str(hub))
+
+
+def _bytes_that_a_cast_takes(folder: str) -> tuple[int, int]:
+    """Bytes of the weights in float32, and the process's peak over what it holds before they are cast."""
+    base = load(folder)
+    size = sum(2 * parameter.nbytes for parameter in base.model.parameters())
+    peak = process_memory.peak_over(
+        lambda: patch_base(base, LoraConfig(), torch.device("cpu"), torch.float32)
+    )
+    return size, peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_the_stored_weights_leave_memory_while_they_are_cast(base_copy):
+    config = BloomConfig(vocab_size=384, hidden_size=512, n_layer=12, n_head=8)
+    BloomForCausalLM(config).half().save_pretrained(base_copy)
+    size, peak = process_memory.in_fresh_process(_bytes_that_a_cast_takes, str(base_copy))
+    assert size > 140 * 2**20
+    # the stored half has been read for the fingerprint: while it stays, the peak is the whole size
+    assert peak < 0.75 * size
+
+
+def test_a_cast_keeps_every_value(base_copy):
+    change_tensors(base_copy, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}))
+    base = load(base_copy)
+    stored = {name: tensor.double() for name, tensor in base.model.state_dict().items()}
+    model = patch_base(base, LoraConfig(), torch.device("cpu"), torch.float32)
+    for name, tensor in stored.items():
+        torch.testing.assert_close(model.state_dict()[name].double(), tensor, rtol=0, atol=0)

@@ -90,6 +90,8 @@ WRONG_FIELDS = {
     "a list": lambda content: content.update(format=[2]),
     "another format": lambda content: content.update(format=4),
     "kernels of another kind": lambda content: content.update(kernels=["aten"]),
+    "no precision": lambda content: content.pop("precision"),
+    "a precision of another name": lambda content: content.update(precision="int8"),
     "step -3": lambda content: content.update(step=-3),
     "step true": lambda content: content.update(step=True),
     "no step": lambda content: content.pop("step"),
@@ -204,6 +206,7 @@ def test_a_checkpoint_of_format_1_is_converted(short_run, settings, tmp_path):
         assert content["position"] == 16
         content.update(format=1, position=4)
         content.pop("kernels")
+        content.pop("precision")
 
     old = tmp_path / "old.ckpt"
     old.write_bytes((whole / "step-4.ckpt").read_bytes())
@@ -227,6 +230,7 @@ def test_a_checkpoint_of_format_2_had_no_kernel_choices(short_run, settings, tmp
     def older(content):
         content["format"] = 2
         content.pop("kernels")
+        content.pop("precision")
 
     rewrite(old, older)
     settings["train"] |= {"output_dir": str(tmp_path / "again"), "resume": str(old)}

@@ -33,9 +33,7 @@ def test_a_bounded_held_out_loss_is_the_same_for_every_batch_size(
     assert 300 - 32 < tokens <= 300
     assert len(rows) < len(heldout)
     patched = patch_base(base, config.model.lora, torch.device("cpu"), torch.float32)
-    seen = []
-    bounded = evaluate(patched, heldout, 1, 3, lambda done, total: seen.append((done, total)))
-    assert seen == [(done, len(rows)) for done in range(1, len(rows) + 1)]
+    bounded = evaluate(patched, heldout, 1, 3)
     for batch_size in (2, 3, 7, 100):
         assert evaluate(patched, heldout, batch_size, 3) == pytest.approx(bounded, rel=1e-6)
     assert evaluate(patched, heldout, 4) != pytest.approx(bounded, rel=1e-5)

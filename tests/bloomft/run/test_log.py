@@ -72,10 +72,25 @@ def test_a_full_disk_leaves_no_half_line(log_at, monkeypatch):
     assert [line["step"] for line in metrics(log.folder)] == [1, 2]
 
 
-def test_an_evaluation_has_a_bar_of_its_own_while_it_lasts(log_at):
+def test_a_line_fits_80_columns_and_the_log_file_has_all_of_it(log_at, capsys):
+    values = {"loss": 11.4866, "lr": 2.12e-6, "grad_norm": 0.703, "tokens_per_second": 212345.0, "mfu": 0.29}
     with log_at(0) as log:
-        with log.evaluation() as progress:
-            progress(3, 12)
-            (task,) = [task for task in log._bar.tasks if task.description == "held-out row"]
-            assert (task.completed, task.total) == (3, 12)
-        assert [task.description for task in log._bar.tasks] == ["step"]
+        log.record(3, **values)
+        log.advance(3)
+        log.record(4, **values, eval_loss=10.5, peak_memory_gib=3.0)
+    short, long = (line for line in capsys.readouterr().err.splitlines() if line.startswith("step "))
+    assert short == "step 3  loss 11.4866  lr 2.1e-06  |grad| 0.70  212,345 tok/s  MFU 29%"
+    assert long.startswith("step 4  loss 11.4866  held-out 10.5000  212,345 tok/s  MFU 29%  0 s left")
+    assert len(long) <= 80
+    whole = (log.folder / "log").read_text().splitlines()[-1]
+    assert whole.split(" ", 1)[1] == (
+        "step 4  loss 11.4866  held-out 10.5000  lr 2.1e-06  |grad| 0.70  212,345 tok/s  MFU 29%"
+    )
+
+
+def test_the_longest_line_fits(log_at, capsys):
+    with log_at(0) as log:
+        log.record(10**6, loss=11.4866, eval_loss=11.4866, lr=1e-4, grad_norm=1e4, tokens_per_second=1.5e6)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("step "))
+    assert len(line) <= 80
+    assert line.startswith("step 1000000  loss 11.4866  held-out 11.4866")
