@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
         print("usage: bloomft COMMAND ...\n")
         for command, meaning in COMMANDS.items():
             print(f"  {command:10}{meaning}")
-        print("\nbloomft COMMAND --help shows arguments and examples, bloomft --version the version")
+        print("\nbloomft COMMAND --help: arguments and examples; bloomft --version: the version")
         print("\nto begin with:")
         print("\n  bloomft demo\n  bloomft train configs/bloom-560m.yaml 'data.filenames=texts/*.md'")
         return

@@ -18,7 +18,7 @@ from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.items import all_items
 from benchmarks.gpu_check.pool import Item, Setting
 from bloomft.config.loading import config_to_yaml, load_config
-from bloomft.model import fused_block
+from bloomft.model import fused_block, fused_classes
 from bloomft.run.checkpoint import TrainingState, save_checkpoint
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -202,7 +202,9 @@ def test_a_broken_operator_is_found(mutation, monkeypatch, tmp_path):
     name, broken, item_check, arguments = MUTATIONS[mutation]
     if item_check.__module__ == lora_items.__name__ and not KERNELS:
         pytest.skip("launches a Triton kernel: needs a CUDA device, or TRITON_INTERPRET=1")
-    module = fused_block if item_check is model_items.check_model else sys.modules[item_check.__module__]
+    module = sys.modules[item_check.__module__]
+    if item_check is model_items.check_model:
+        module = fused_block if hasattr(fused_block, name) else fused_classes
     monkeypatch.setattr(module, name, broken(getattr(module, name)))
     findings = Findings()
     item_check(findings, Setting(DEVICE, True, tmp_path), **arguments)
