@@ -1,0 +1,1 @@
+"""The base model that the package carries: its text, its training and its files."""
