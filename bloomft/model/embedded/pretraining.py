@@ -34,6 +34,25 @@ from bloomft.files import write_atomically
 from bloomft.model.embedded.corpus import README_REPEATS, collect
 from bloomft.patch import fuse_bloom, unfuse_bloom
 
+PROBE = """# Sorting tools
+
+A small library for sorting large files. It needs Python 3.8 or newer and no other package.
+
+## Installation
+
+Install the latest release with pip:
+
+    pip install sorting-tools
+
+## Usage
+
+The function `sort_file` takes the name of a file and returns the number of lines that were written. If the
+file does not exist, a `FileNotFoundError` is raised.
+
+    from sorting_tools import sort_file
+
+    count = sort_file("data.txt", reverse=True)
+"""  # of no source; recipe.json records the loss on it, which every machine can compute again
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # BLOOM's own, under BLOOM's own ids
 
 
@@ -44,9 +63,9 @@ class Recipe:
     vocab_size: int = 4096
     hidden_size: int = 256
     n_layer: int = 5
-    n_head: int = 8
+    n_head: int = 4
     sequence_length: int = 256  # tokens
-    batch_size: int = 16  # rows
+    batch_size: int = 8  # rows
     lr: float = 6e-3
     warmup_steps: int = 100
     decay: float = 0.2  # the last part of the run, in which the learning rate falls linearly to 0
@@ -193,6 +212,12 @@ def mean_loss(model: BloomForCausalLM, tokens: np.ndarray, length: int) -> float
     return total / len(rows)
 
 
+def probe_loss(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Mean loss on `PROBE` in nats a token, in one row."""
+    ids = np.array(tokenizer.encode(PROBE, add_special_tokens=False))
+    return mean_loss(model, ids, len(ids))
+
+
 def export(training: Pretraining, out: Path) -> None:
     """Write the model in bfloat16, the tokenizer, and ``recipe.json`` with the losses of what was written."""
     recipe, text = training.recipe, training.text
@@ -210,6 +235,7 @@ def export(training: Pretraining, out: Path) -> None:
         "torch": torch.__version__,
         "losses": {
             "held-out part of the corpus": round(mean_loss(stored, text.held_out, recipe.sequence_length), 4),
+            "probe": round(probe_loss(stored, text.tokenizer), 4),
             "READMEs installed here": round(mean_loss(stored, text.readmes, recipe.sequence_length), 4),
         },
         "losses_are": "nats a token, of the bfloat16 weights in float32 arithmetic, rows of 256 tokens",
