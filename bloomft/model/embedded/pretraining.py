@@ -68,7 +68,7 @@ class Recipe:
     batch_size: int = 8  # rows
     lr: float = 6e-3
     warmup_steps: int = 100
-    decay: float = 0.2  # the last part of the run, in which the learning rate falls linearly to 0
+    decay: float = 0.4  # the last part of the run, in which the learning rate falls linearly to 0
     weight_decay: float = 0.1
     seed: int = 0
 
@@ -142,14 +142,13 @@ class Pretraining:
             torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         ]
         self.step = 0
-        self.seconds = 0.0  # of training, without what lay between two runs
         self.log: list[dict[str, float]] = []
         if self._file.is_file():
             state = torch.load(self._file, weights_only=True)
             self.model.load_state_dict(state["model"])
             for optimizer, values in zip(self._optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
-            self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+            self.step, self.log = state["step"], state["log"]
 
     @property
     def tokens(self) -> int:
@@ -163,7 +162,6 @@ class Pretraining:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "step": self.step,
-            "seconds": self.seconds,
             "log": self.log,
         }
         torch.save(state, content)
@@ -171,7 +169,6 @@ class Pretraining:
 
     def train_step(self, progress: float) -> float:
         """One step at ``progress`` (0 to 1) of the run; returns the loss in nats a token."""
-        start = time.perf_counter()
         recipe = self.recipe
         factor = min(1.0, (self.step + 1) / recipe.warmup_steps, (1 - progress) / recipe.decay)
         for optimizer in self._optimizers:
@@ -187,7 +184,6 @@ class Pretraining:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.seconds += time.perf_counter() - start
         return loss.item()
 
     def _rows(self, step: int) -> torch.Tensor:
@@ -231,7 +227,6 @@ def export(training: Pretraining, out: Path) -> None:
         "corpus_tokens": len(text.train),
         "tokens_read": training.tokens,
         "steps": training.step,
-        "seconds": round(training.seconds),
         "torch": torch.__version__,
         "losses": {
             "held-out part of the corpus": round(mean_loss(stored, text.held_out, recipe.sequence_length), 4),
@@ -263,17 +258,15 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command: --out DIR [--work DIR] [--seconds N | --tokens N]."""
+    """The command: --out DIR [--work DIR] [--tokens N]."""
     parser = argparse.ArgumentParser(prog="python -m bloomft.model.embedded.pretraining")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--work", type=Path, default=Path("pretraining"), help="downloads and checkpoints")
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--seconds", type=float, help="length of the run in seconds of training")
-    limit.add_argument("--tokens", type=int, default=20_000_000, help="length of the run in tokens")
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="how much to read before the end")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between two checkpoints")
     options = parser.parse_args(arguments)
-    if not (options.seconds or options.tokens) > 0:
-        raise UserError("--seconds and --tokens must be above 0")
+    if options.tokens < 1:
+        raise UserError("--tokens must be above 0")
 
     options.work.mkdir(parents=True, exist_ok=True)
     text = prepare(Recipe(), options.work)
@@ -282,13 +275,9 @@ def main(arguments: Sequence[str]) -> None:
     losses: list[float] = []
     saved = logged = time.perf_counter()
     with _stop_requests() as requests:
-        while True:
-            done, whole = training.tokens, options.tokens
-            if options.seconds:
-                done, whole = training.seconds, options.seconds
-            if done >= whole:
-                break
-            losses.append(training.train_step(done / whole))
+        while training.tokens < options.tokens:
+            progress = training.tokens / options.tokens
+            losses.append(training.train_step(progress))
             if not math.isfinite(losses[-1]):
                 raise UserError(
                     f"the loss is {losses[-1]} at step {training.step}; start anew with a lower lr"
@@ -300,7 +289,7 @@ def main(arguments: Sequence[str]) -> None:
                 training.log.append({"step": training.step, "loss": round(mean, 4)})
                 print(
                     f"step {training.step} tokens {training.tokens:,} loss {mean:.4f} "
-                    f"{done / whole:.1%} {speed / (now - logged):,.0f} tokens/s",
+                    f"{progress:.1%} {speed / (now - logged):,.0f} tokens/s",
                     file=sys.stderr,
                     flush=True,
                 )
