@@ -69,7 +69,7 @@ def files_of(*folders: str) -> set[str]:
 def test_the_sdist_is_the_whole_project(sdist):
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    folders = (*PACKAGES, "tests", "benchmarks", "configs", "docs", "examples")
+    folders = (*PACKAGES, "tests", "benchmarks", "configs", "docs", "examples", "pretraining")
     assert files_of(*folders) - names == set()
     assert {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml"} <= names
     assert [name for name in names if "__pycache__" in name] == []

@@ -69,7 +69,8 @@ class TransformerConfig:
     """The base model; the optional keys go to `from_pretrained` unchanged."""
 
     pretrained_model_name_or_path: str = _key(
-        dataclasses.MISSING, "hub name or folder of a BLOOM model; `builtin:tiny` needs no network"
+        dataclasses.MISSING,
+        "hub name or folder of a BLOOM model; `builtin:tiny` and `builtin:tiny-from-scratch` need no network",
     )
     revision: str | None = _key(None, "branch, tag or commit on the hub")
     subfolder: str | None = _key(None, "folder inside the repository")

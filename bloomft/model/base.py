@@ -34,7 +34,9 @@ from bloomft.model.patch import patch_bloom
 from bloomft.process import check_memory, release_mapped_pages
 from bloomft.progress import say, waiting
 
-TINY_BASE = "builtin:tiny"
+TINY_BASE = "builtin:tiny"  # carried by the package
+SCRATCH_BASE = "builtin:tiny-from-scratch"  # pre-trained on first use
+EMBEDDED_BASE = Path(__file__).parent / "embedded_base"  # see recipe.json there, and pretraining/
 
 
 @dataclass
@@ -54,7 +56,8 @@ class Base:
 
 
 def load_base(config: TransformerConfig) -> Base:
-    """Load model and tokenizer from the hub, a folder, or the embedded ``builtin:tiny`` (built on first use).
+    """Load model and tokenizer from the hub, a folder, or an embedded base: ``builtin:tiny``, which the
+    package carries, or ``builtin:tiny-from-scratch``, pre-trained on first use.
 
     The weights keep the dtype they are stored in, whatever config.json says of it, on the CPU; where they are
     stored in several, all get the narrowest that holds each of them exactly, and a line on stderr says so.
@@ -101,6 +104,8 @@ def _location(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     """The arguments of ``from_pretrained``: a folder or a name on the hub, and options."""
     name = config.pretrained_model_name_or_path
     if name == TINY_BASE:
+        return str(EMBEDDED_BASE), {}
+    if name == SCRATCH_BASE:
         from bloomft.model.tiny_base import tiny_base_folder
 
         folder = tiny_base_folder()
