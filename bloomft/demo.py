@@ -22,13 +22,14 @@ from rich.table import Table
 from bloomft.command_line import CommandParser, call_command, run_command, split_overrides
 from bloomft.config.loading import find_config, load_config
 from bloomft.errors import UserError
-from bloomft.model.base import quiet_transformers
+from bloomft.model.base import SCRATCH_BASE, quiet_transformers
 from bloomft.process import setup_process
 from bloomft.run.checkpoint import LAST, load_checkpoint
 from bloomft.run.generation import Sampling, generate, load_for_generation
 from bloomft.run.log import METRICS
 
 CONFIG = "configs/bloom-tiny.yaml"
+BASE_KEY = "model.transformer.pretrained_model_name_or_path"
 PROMPT = "# tinyfetch\n\n## Installation\n\n"
 
 
@@ -38,13 +39,19 @@ writes before and after."""
 _EXAMPLES = {
     "": "a minute or two on two CPU cores",
     "optim.scheduler.num_training_steps=20": "in less time",
+    "--from-scratch": "with a base that is pre-trained on this machine",
 }
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command: [key=value ...]; overrides of ``configs/bloom-tiny.yaml``."""
-    parser = CommandParser("demo", "[key=value ...]", _ABOUT, _EXAMPLES)
-    _, overrides = split_overrides(parser, arguments)
+    parser = CommandParser("demo", "[--from-scratch] [key=value ...]", _ABOUT, _EXAMPLES)
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="pre-train the base here, once, for a minute or two"
+    )
+    options, overrides = split_overrides(parser, arguments)
+    if options.from_scratch:
+        overrides = [f"{BASE_KEY}={SCRATCH_BASE}", *overrides]
     start = time.perf_counter()
     setup_process()
     quiet_transformers()

@@ -28,8 +28,8 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from bloomft.data.documents import installed_readmes
 from bloomft.command_line import run_command
+from bloomft.data.documents import installed_readmes
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
 from bloomft.model.patch import fuse_bloom, unfuse_bloom

@@ -1,4 +1,4 @@
-"""The embedded base model: a small real BLOOM, pre-trained once on text that every Python ships with.
+"""``builtin:tiny-from-scratch``: a small real BLOOM, pre-trained once on text that every Python ships with.
 
 Its corpus is the docstrings of the standard library; its tokenizer, byte-level BPE like BLOOM's own, is
 trained on the same text. Built on first use, in about a minute on two CPU cores, and cached.
@@ -85,9 +85,7 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 def _pretrain(recipe: TinyRecipe, folder: Path) -> None:
     corpus = list(standard_library_docstrings())
     if not corpus:
-        raise UserError(
-            "this Python has no standard-library sources to pre-train builtin:tiny-from-scratch on"
-        )
+        raise UserError("this Python has no standard-library sources to pre-train a base on")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         corpus, vocab_size=recipe.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
@@ -136,10 +134,8 @@ def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> Non
     ]
     generator = torch.Generator().manual_seed(recipe.seed)
     model.train()
-    say(
-        f"pre-training builtin:tiny-from-scratch once: {recipe.steps} steps on {rows.numel():,} tokens of docstrings"
-    )
-    with waiting("pre-training builtin:tiny-from-scratch, step", recipe.steps) as wait:
+    say(f"pre-training a tiny base once: {recipe.steps} steps on {rows.numel():,} tokens of docstrings")
+    with waiting("pre-training a tiny base, step", recipe.steps) as wait:
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(recipe.steps):
             if len(order) < recipe.batch_size:
