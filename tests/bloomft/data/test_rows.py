@@ -309,5 +309,5 @@ def test_tokens_stay_in_the_memory_map(tmp_path):
         for value in vars(dataset).values()
         if isinstance(value, np.ndarray) and value is not tokens
     )
-    assert dataset._tokens is tokens
+    assert dataset._cache.tokens is tokens
     assert held < tokens.nbytes / 4
