@@ -347,7 +347,7 @@ def _write_cache(
     if progress:
         seconds = time.perf_counter() - started
         rate = f"{meta['num_tokens']:,} tokens in {seconds:.1f} s"
-        say(f"tokenized {report.describe()}: {rate}")
+        say(f"tokenized {report.documents:,} documents in {len(files):,} files: {rate}")
 
 
 def _tokenize(
