@@ -12,7 +12,7 @@ from bloomft.batch import IGNORE_INDEX, PADDING_ID, Batch
 from lorakernels import LoRALinear, frozen_linear
 
 FIRST_PROJECTION = "h.0.self_attention.query_key_value"
-CONVENTION = "4 FLOPs a frozen parameter and token, attention counted, recomputation not"
+CONVENTION = "MFU: 4 FLOPs a frozen parameter and token, attention counted, recomputation not"
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class GemmLimit:
         return reached / self.rate
 
     def describe(self) -> str:
-        """What MFU means, for the log."""
-        return f"MFU: the share of {self.rate / 1e9:,.0f} GFLOP/s, measured here; {CONVENTION}"
+        """What MFU refers to, for the log."""
+        return f"MFU: the share of {self.rate / 1e9:,.0f} GFLOP/s, measured here"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -30,6 +30,7 @@ from bloomft.model.base_identity import EXPORT_MARK
 from bloomft.model.patch import fuse_bloom, unfuse_bloom, unpatch_bloom
 from bloomft.model.peft_format import save_peft_adapter
 from bloomft.process import pick_device, setup_process
+from bloomft.progress import Task, waiting
 from bloomft.run.checkpoint import find_checkpoint, load_checkpoint
 from bloomft.run.evaluation import evaluate
 from bloomft.run.trained_model import load_trained
@@ -72,7 +73,7 @@ def export(config: Config, checkpoint: Path, output: Path, kind: str) -> MergeSh
     shift = None
     if kind == "merged":
         model, shift = _merge(config, base, model, checkpoint)
-    with folder_written_aside(output) as scratch:
+    with waiting(f"writing {output}"), folder_written_aside(output) as scratch:
         if kind == "merged":
             model.save_pretrained(scratch)
             base.tokenizer.save_pretrained(scratch)
@@ -134,7 +135,8 @@ def _merge(
     for merging in (False, True):
         if merging:
             # Fused again for the measurement: plain transformers would ignore document_ids.
-            model = fuse_bloom(unpatch_bloom(model, merge=True).requires_grad_(False))
+            with waiting("merging"):
+                model = fuse_bloom(unpatch_bloom(model, merge=True).requires_grad_(False))
         with torch.no_grad():
             logits = model(probe.to(model.device), use_cache=False).logits.float()
         loss = (
@@ -148,7 +150,10 @@ def _merge(
     transformers_loss = None
     if heldout is not None and base.dtype.itemsize == 2:
         batches = heldout.eval_batches(config.train.batch_size, config.train.eval_max_batches)
-        transformers_loss = _loss_by_document(model, batches)
+        with waiting(
+            "row of plain transformers", len(heldout.eval_rows(config.train.eval_max_batches))
+        ) as wait:
+            transformers_loss = _loss_by_document(model, batches, wait)
     shift = MergeShift(
         (merged - unmerged).abs().max().item(),
         unmerged.abs().max().item(),
@@ -163,7 +168,7 @@ def _merge(
 
 
 @torch.no_grad()
-def _loss_by_document(model: BloomForCausalLM, batches: Iterable[Batch]) -> float:
+def _loss_by_document(model: BloomForCausalLM, batches: Iterable[Batch], wait: Task) -> float:
     """Mean loss over the labels, in nats per token, of a plain model, which does not support packing."""
     total, count = 0.0, 0
     for batch in batches:
@@ -175,6 +180,7 @@ def _loss_by_document(model: BloomForCausalLM, batches: Iterable[Batch]) -> floa
                 text, targets = (tensor[own][None].to(model.device) for tensor in (ids, labels))
                 total += model(text, labels=targets, use_cache=False, num_items_in_batch=1).loss.item()
                 count += int((targets != IGNORE_INDEX).sum())
+            wait.advance(1)
     return total / count
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bloomft.accounting import BatchCounts, GemmLimit, StepCost, peak_memory
+from bloomft.accounting import CONVENTION, BatchCounts, GemmLimit, StepCost, peak_memory
 from bloomft.command_line import CommandParser, parse_command, run_command
 from bloomft.config.keys import Config, TrainConfig
 from bloomft.data.rows import PackedDataset
@@ -93,7 +93,8 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
         log.track(0, eval_loss=run.base_eval_loss)
     with waiting("measuring kernels"):
         run.prepare(batch_size * config.data.max_length)
-    log.message(limit.describe())
+    for line in (limit.describe(), CONVENTION):
+        log.message(line)
     eval_loss = None
     while run.step < total and not stop:
         batches = [rows.batch(run.position + i * batch_size, batch_size) for i in range(accumulate)]
@@ -124,7 +125,7 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
                 values["eval_loss"] = eval_loss = _evaluate(job, evaluated, settings)
                 run.step_on_metric(eval_loss)
             if limit.rate != known:
-                log.message(f"MFU: of {limit.rate / 1e9:,.0f} GFLOP/s from here on, measured again")
+                log.message(f"{limit.describe()} again")
             log.kernels()
             log.record(run.step, **values)
             run.window.clear()

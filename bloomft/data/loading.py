@@ -10,6 +10,7 @@ from bloomft.config.keys import DataConfig, filename_patterns
 from bloomft.data.rows import PackedDataset, split_documents
 from bloomft.data.token_cache import build_token_cache
 from bloomft.errors import UserError
+from bloomft.progress import waiting
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ def load_data(settings: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Train
             f"{tokenizer.model_max_length} tokens"
         )
     cache = build_token_cache(filename_patterns(settings), tokenizer, settings.token_cache_dir)
-    contents = cache.contents() if settings.heldout_fraction else np.arange(cache.num_documents)
     split_state = settings.random_state if settings.split_state is None else settings.split_state
-    train_ids, heldout_ids = split_documents(contents, settings.heldout_fraction, split_state)
+    with waiting("looking for equal documents"):
+        contents = cache.contents() if settings.heldout_fraction else np.arange(cache.num_documents)
+        train_ids, heldout_ids = split_documents(contents, settings.heldout_fraction, split_state)
     # padding is never attended to and never a label
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -65,4 +67,6 @@ def load_data(settings: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Train
     if len(np.unique(contents)) < len(contents):
         settled += ("whole texts",)
     identity = hashlib.blake2b(repr(settled).encode(), digest_size=16).hexdigest()
-    return TrainingData(make_rows(train_ids), make_rows(heldout_ids) if len(heldout_ids) else None, identity)
+    with waiting("cutting rows"):
+        heldout = make_rows(heldout_ids) if len(heldout_ids) else None
+        return TrainingData(make_rows(train_ids), heldout, identity)

@@ -107,7 +107,9 @@ def build_token_cache(
     files = list_files(patterns)
     state = _tokenizer_state(tokenizer)
     before = _file_states(files)
-    key = _content_key(files, state)
+    total = sum(sum(map(len, s)) if isinstance(s, list) else s[1] for s in before)
+    with waiting("reading the text,", total, in_bytes=True) as wait:
+        key = _content_key(files, state, wait.advance)
     folder = Path(cache_dir).expanduser() / f"tokens-{key}"
     cache = _open_cache(folder)
     if cache is not None:
@@ -121,7 +123,6 @@ def build_token_cache(
                 return cache
             partial = _new_folder(folder)
             try:
-                total = sum(sum(map(len, s)) if isinstance(s, list) else s[1] for s in before)
                 _write_cache(partial, files, total, state, progress)
                 if _file_states(files) != before:
                     raise UserError("a file of data.filenames changed while it was read; start again")
@@ -190,7 +191,7 @@ def _status(file: Path) -> os.stat_result:
         raise UserError(f"cannot read {file}: {error.strerror}; repair it or leave it out") from error
 
 
-def _content_key(files: Sequence[Path], tokenizer: _TokenizerState) -> str:
+def _content_key(files: Sequence[Path], tokenizer: _TokenizerState, advance: Callable[[int], None]) -> str:
     """Hash of what determines the tokens: format, tokenizer, and each file's content and kind, in order."""
     key = hashlib.blake2b(digest_size=16)
     numbers = [
@@ -212,6 +213,7 @@ def _content_key(files: Sequence[Path], tokenizer: _TokenizerState) -> str:
                 with open(file, "rb") as source:
                     while data := source.read(READ_BYTES):
                         content.update(data)
+                        advance(len(data))
             except OSError as error:
                 raise UserError(f"cannot read {file}: {error.strerror}; repair it or leave it out") from error
         key.update(f"{kind} {content.hexdigest()}\n".encode())
@@ -232,7 +234,8 @@ def _exclusive(path: Path, progress: bool) -> Iterator[None]:
         if lock_file(lock, wait=False) is False:
             if progress:
                 say("another process tokenizes the same text; waiting for it")
-            lock_file(lock, wait=True)
+            with waiting("waiting for another process"):
+                lock_file(lock, wait=True)
         yield
 
 
@@ -344,7 +347,7 @@ def _write_cache(
     if progress:
         seconds = time.perf_counter() - started
         rate = f"{meta['num_tokens']:,} tokens in {seconds:.1f} s"
-        say(f"tokenized {report.describe()}: {rate}")
+        say(f"tokenized {report.documents:,} documents in {len(files):,} files: {rate}")
 
 
 def _tokenize(

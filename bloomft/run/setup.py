@@ -14,7 +14,7 @@ from bloomft.model.base import Base, load_base, patch_base
 from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
 from bloomft.model.patch import adapted_layers
 from bloomft.run.checkpoint import LAST, TrainingState, save_checkpoint
-from bloomft.run.precision import choose_precision
+from bloomft.run.precision import Precision, choose_precision
 from bloomft.run.resumption import RunIdentity, find_resumption, resume
 from bloomft.run.state import RunState
 
@@ -66,24 +66,24 @@ def set_up(config: Config, device: torch.device) -> Job:
     last = config.train.run_dir / LAST
     saved = run.step if resumption.path == last else None
     notes = [
-        *_describe(base, model, data),
+        *_describe(base, precision, model, data),
         *describe_plan(config, data.train),
-        f"{precision.name} ({precision.reason}); {describe_memory(model)}",
+        describe_memory(model),
         *resumption.notes,
     ]
     return Job(run, identity, data, last, saved, notes)
 
 
-def _describe(base: Base, model: BloomForCausalLM, data: TrainingData) -> Iterator[str]:
+def _describe(base: Base, precision: Precision, model: BloomForCausalLM, data: TrainingData) -> Iterator[str]:
     layers = adapted_layers(model)
-    adapted, first = list(layers), next(iter(layers.values()))
+    name, first = next(iter(layers.items()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
-    dtype = str(model.dtype).removeprefix("torch.")
-    yield f"base {base.name} ({str(base.identity['fingerprint'])[:8]}), {dtype} on {model.device}"
+    yield f"base: {base.name} ({str(base.identity['fingerprint'])[:8]})"
+    yield f"base: {precision.name} on {model.device} ({precision.reason})"
     yield (
-        f"LoRA r={first.r} scale={first.scale} on {len(adapted)} layers "
-        f"({adapted[0]} ... {adapted[-1]}): {trainable:,} of {everything:,} parameters train"
+        f"LoRA: r={first.r} scale={first.scale} on {len(layers)} {name.rpartition('.')[-1]}, "
+        f"{trainable:,} of {everything:,} parameters"
     )
     rows, heldout = data.train, data.heldout
     yield f"data: {rows.report.describe()}"
@@ -106,11 +106,10 @@ def describe_plan(config: Config, rows: PackedDataset) -> Iterator[str]:
         f"epoch: {len(rows):,} rows, {epoch:,.1f} steps"
     )
     mode = train.gradient_checkpointing
-    checkpointing = mode if isinstance(mode, str) else "on" if mode else "off"
     yield (
         f"run: {schedule.num_training_steps:,} steps, {schedule.num_training_steps / epoch:,.1f} epochs; "
-        f"lr {config.optim.optimizer.lr:.1e}, {schedule.name}, {schedule.num_warmup_steps:,} of warm-up; "
-        f"checkpointing {checkpointing}"
+        f"lr {config.optim.optimizer.lr:.1e} {schedule.name}, warm-up {schedule.num_warmup_steps:,}; "
+        f"checkpointing {mode if isinstance(mode, str) else 'on' if mode else 'off'}"
     )
 
 

@@ -10,8 +10,9 @@ import time
 
 import pytest
 from rich.console import Console
+from transformers import BloomForCausalLM
 
-from bloomft import progress
+from bloomft import export, progress, train
 from bloomft.progress import duration, say, waiting
 from tests.bloomft.python_process import ROOT
 
@@ -118,6 +119,42 @@ def test_bytes_are_shown_in_megabytes():
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+def test_every_part_of_the_commands_that_may_last_is_a_wait(
+    monkeypatch, command, settings, config_path, base_copy
+):
+    """With ten times the text, or a larger base, each of them takes more than 5 seconds."""
+    begun, showing = [], progress.Task.__init__
+
+    def note(task, text, *arguments):
+        begun.append((text, arguments[0]))
+        showing(task, text, *arguments)
+
+    monkeypatch.setattr(progress.Task, "__init__", note)
+    model = BloomForCausalLM.from_pretrained(base_copy)
+    model.bfloat16().save_pretrained(base_copy)
+    settings["model"]["transformer"]["pretrained_model_name_or_path"] = str(base_copy)
+    settings["train"]["precision"] = "bf16"
+    path = config_path(settings)
+    assert command(train, path)[0] == 0
+    loading = [f"loading {base_copy}", "identifying the base,", "preparing the base,"]
+    data = ["reading the text,", "tokenizing", "looking for equal documents", "cutting rows"]
+    # the base's, that of step 6 and the last one
+    loop = ["step", "held-out row", "measuring kernels", "held-out row", "held-out row"]
+    assert [text for text, _ in begun] == [*loading, *data, *loop]
+    known = {text for text, total in begun if total}
+    assert known == {loading[1], loading[2], data[0], data[1], "step", "held-out row"}
+    begun.clear()
+    assert command(export, path, "last.ckpt")[0] == 0
+    merging = ["held-out row", "merging", "held-out row", "row of plain transformers"]
+    assert [text for text, _ in begun] == [
+        *loading,
+        data[0],
+        *data[2:],
+        *merging,
+        f"writing {settings['train']['output_dir']}/merged",
+    ]
 
 
 TERMINAL = """

@@ -197,8 +197,9 @@ def test_no_line_says_that_more_than_the_machine_s_limit_was_reached(run, monkey
     assert all(0 < line["mfu"] <= 1 for line in lines)
     assert lines[-1]["mfu"] < 0.9
     said = [line for line in (result.run_dir / "log").read_text().splitlines() if " MFU: " in line]
-    assert "attention counted, recomputation not" in said[0]
-    assert said[1].endswith("GFLOP/s from here on, measured again")
+    assert said[0].endswith("MFU: the share of 0 GFLOP/s, measured here")
+    assert "4 FLOPs a frozen parameter and token, attention counted, recomputation not" in said[1]
+    assert said[2].endswith(" GFLOP/s, measured here again")
 
 
 def test_the_start_says_what_a_step_and_the_run_take(run, capsys):
@@ -211,14 +212,16 @@ def test_the_start_says_what_a_step_and_the_run_take(run, capsys):
     assert 6 * 20 < int(step[1]) <= 6 * 32
     assert (int(step[2]), float(step[3])) == (rows, round(rows / 6, 1))
     epochs = f"{12 * 6 / rows:.1f}"
-    run_line = f"run: 12 steps, {epochs} epochs; lr 1.0e-02, linear, 2 of warm-up; checkpointing off\n"
+    run_line = f"run: 12 steps, {epochs} epochs; lr 1.0e-02 linear, warm-up 2; checkpointing off\n"
     assert run_line in said
     state = load_checkpoint(result.run_dir / "last.ckpt")
     adapters = sum(tensor.nbytes for tensor in state.adapters.values()) / 2**20
     base = sum(parameter.nbytes for parameter in tiny_model().parameters()) / 2**20
     assert (
-        f"fp32 (as configured); memory, computed: base {base:.1f}, adapters {adapters:.1f}, "
+        f"memory, computed: base {base:.1f}, adapters {adapters:.1f}, "
         f"gradients and AdamW {3 * adapters:.1f} MiB\n"
     ) in said
+    assert "base: fp32 on cpu (as configured)\n" in said
     shown = capsys.readouterr().err
     assert run_line in shown
+    assert max(len(line) for line in shown.splitlines() if "/" not in line) <= 80

@@ -54,14 +54,14 @@ def test_a_run_goes_on_in_what_auto_chose_and_changes_where_it_is_told_to(run, r
         return (folder / "log").read_text()
 
     assert held() == "bf16"
-    assert "bf16 (auto; products in bf16 run at 3.0 x fp32's rate here)" in said()
+    assert "bf16 on cpu (auto; products in bf16 run at 3.0 x fp32's rate here)" in said()
     ratio(0.5)  # another machine
     run(optim__scheduler__num_training_steps=4)
     assert held() == "bf16"
-    assert "bf16 (as in the checkpoint)" in said()
+    assert "bf16 on cpu (as in the checkpoint)" in said()
     run(optim__scheduler__num_training_steps=6, train__precision="fp32")
     assert held() == "fp32"
-    assert "fp32 (as configured, bf16 in the checkpoint)" in said()
+    assert "fp32 on cpu (as configured, bf16 in the checkpoint)" in said()
 
 
 def test_the_measurement_itself_is_a_ratio():
