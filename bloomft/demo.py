@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     call_command("train", [config, *overrides])
     base_loss, loss = _held_out_losses(run_dir)
 
-    sampling = Sampling(max_new_tokens=90, temperature=0.7, top_p=0.9, seed=1)
+    sampling = Sampling(max_new_tokens=120, temperature=0.5, top_p=0.9, repetition_penalty=1.25, seed=1)
     checkpoint = str(run_dir / LAST)
     for title, source in (("the base writes", None), ("after fine-tuning", checkpoint)):
         model, tokenizer = load_for_generation(config, source, overrides)

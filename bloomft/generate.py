@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
     share_cores()  # before torch is imported
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +21,8 @@ from bloomft.process import setup_process
 from bloomft.run.generation import Sampling, generate, load_for_generation
 
 _USAGE = """CONFIG [CHECKPOINT] --prompt TEXT
-       [--max-new-tokens N] [--temperature N] [--top-p N] [--seed N]
+       [--max-new-tokens N] [--temperature N] [--top-p N]
+       [--repetition-penalty N] [--seed N]
        [key=value ...]"""
 _ABOUT = "Generate text with the base, a checkpoint or an exported model."
 _EXAMPLES = {
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         ("--max-new-tokens", int, Sampling.max_new_tokens, "the most tokens to generate"),
         ("--temperature", float, Sampling.temperature, "0 takes the most likely token"),
         ("--top-p", float, Sampling.top_p, "draw from the likeliest tokens that add up to this"),
+        ("--repetition-penalty", float, Sampling.repetition_penalty, "above 1 discourages repetition"),
         ("--seed", int, Sampling.seed, "the same seed gives the same text"),
     ):
         parser.add_argument(
@@ -57,13 +60,17 @@ def main(arguments: Sequence[str]) -> None:
     options, overrides = split_overrides(parser, arguments)
     if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UserError("--max-new-tokens must be ≥ 1, --temperature ≥ 0 and --top-p in (0, 1]")
+    if not 0 < options.repetition_penalty < math.inf:
+        raise UserError("--repetition-penalty must be > 0")
     if not 0 <= options.seed < 2**63:
         raise UserError("--seed must be ≥ 0 and < 2^63")
     setup_process()
     quiet_transformers()
     model, tokenizer = load_for_generation(options.config, options.checkpoint, overrides)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    sampling = Sampling(
+        options.max_new_tokens, options.temperature, options.top_p, options.repetition_penalty, options.seed
+    )
     print(prompt, end="", flush=True)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate(model, tokenizer, prompt, sampling, streamer)

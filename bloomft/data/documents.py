@@ -18,6 +18,7 @@ from bloomft.errors import UserError
 
 INSTALLED_READMES = "builtin:installed-readmes"
 MIN_README_CHARACTERS = 200
+MAX_README_CHARACTERS = 8000  # what follows in a longer one is its change log as a rule
 # Read as raw text, these would teach the model their file format.
 NOT_TEXT = (".csv", ".tsv", ".json", ".ndjson", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -119,7 +120,7 @@ def installed_readmes() -> list[str]:
     """Long descriptions of the Python distributions installed here, sorted by name, without duplicates.
 
     Texts under `MIN_README_CHARACTERS` are left out, and so is this package's own, which quotes results of
-    training on the others.
+    training on the others. Of a text over `MAX_README_CHARACTERS` only the beginning is returned.
     """
     texts: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
@@ -135,7 +136,7 @@ def installed_readmes() -> list[str]:
             text = re.sub(r"^(?: {7}\|| {8})", "", message.get("Description", ""), flags=re.MULTILINE)
         if name and name != "bloomft" and len(text.strip()) >= MIN_README_CHARACTERS:
             # The first distribution of a name is the one that an import finds.
-            texts.setdefault(name, text)
+            texts.setdefault(name, text[:MAX_README_CHARACTERS])
     return list(dict.fromkeys(texts[name] for name in sorted(texts)))
 
 

@@ -24,11 +24,16 @@ from bloomft.run.trained_model import load_trained
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; a temperature of 0 always takes the most likely token."""
+    """How tokens are drawn; a temperature of 0 always takes the most likely token.
+
+    ``repetition_penalty`` divides the logits of tokens that the text has already (arXiv:1909.05858, section
+    4.1); 1 leaves them.
+    """
 
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_p: float = 0.95
+    repetition_penalty: float = 1.0
     seed: int = 0
 
 
@@ -83,6 +88,7 @@ def _generation_config(
     ids = {end for end in (tokenizer.eos_token_id, *ends) if end in range(model.config.vocab_size)}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
+        repetition_penalty=sampling.repetition_penalty,
         eos_token_id=sorted(ids) or None,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **drawing,
