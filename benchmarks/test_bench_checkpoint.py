@@ -36,7 +36,7 @@ def make_state() -> TrainingState:
     return TrainingState(
         step=9, position=9, adapters=adapters, optimizer={"state": moments, "param_groups": []},
         scheduler={"last_epoch": 9}, scaler={}, rng={"cpu": torch.get_rng_state()},
-        window={"loss": 1.0, "labels": 3}, kernels={}, base_eval_loss=None,
+        window={"loss": 1.0, "labels": 3}, kernels={}, precision="fp32", base_eval_loss=None,
         config="{optim: {scheduler: {name: linear}, optimizer: {lr: 1}}, train: {batch_size: 1}}",
         lora={"lora_dim": RANK},
         base={"name": "b", "fingerprint": "f"}, data="",

@@ -140,8 +140,9 @@ def test_every_part_of_the_commands_that_may_last_is_a_wait(
     assert command(train, path)[0] == 0
     loading = [f"loading {base_copy}", "identifying the base,", "preparing the base,"]
     data = ["reading the text,", "tokenizing", "looking for equal documents", "cutting rows"]
-    # the base's, that of step 6 and the last one
-    loop = ["step", "held-out row", "measuring kernels", "held-out row", "held-out row"]
+    # the rate of products, the base's loss, the layers' kernels, the losses of step 6 and the last one
+    kernels = "measuring kernels"
+    loop = ["step", kernels, "held-out row", kernels, "held-out row", "held-out row"]
     assert [text for text, _ in begun] == [*loading, *data, *loop]
     known = {text for text, total in begun if total}
     assert known == {loading[1], loading[2], data[0], data[1], "step", "held-out row"}
