@@ -251,8 +251,9 @@ def test_a_resumed_run_in_other_bits_is_found(tmp_path):
     config = job_items.write_config(Setting("cpu", True, tmp_path), tmp_path, tmp_path, "fp32", False)
     written = {
         "step": job_items.STEPS, "position": 0, "scheduler": {"last_epoch": 1}, "scaler": {},
-        "rng": {"cpu": torch.get_rng_state()}, "window": {"loss": 0.0, "labels": 0}, "kernels": {}, "precision": "fp32",
-        "base_eval_loss": None, "config": config_to_yaml(load_config(config)), "lora": {"lora_dim": 1},
+        "rng": {"cpu": torch.get_rng_state()}, "window": {"loss": 0.0, "labels": 0}, "kernels": {},
+        "precision": "fp32", "base_eval_loss": None, "config": config_to_yaml(load_config(config)),
+        "lora": {"lora_dim": 1},
         "base": {"name": "a base", "fingerprint": "0"}, "data": "rows",
     }  # fmt: skip
 
