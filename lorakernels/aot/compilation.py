@@ -59,7 +59,7 @@ def compile_launch(work: tuple[str, str, int]) -> list[dict]:
         loaded.append((name, metadata_group, hash))
 
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    triton.runtime.driver.set_active(_Driver(chip, work))
+    triton.runtime.driver.set_active(StandInDriver(chip, work))
     knobs.runtime.kernel_load_end_hook.add(collect)
     try:
         launch.run()
@@ -83,10 +83,10 @@ class _Utilities:
         return {"max_shared_mem": 1 << 30}
 
 
-class _Driver(DriverBase):
+class StandInDriver(DriverBase):
     """A stand-in for a GPU of the chip's kind: Triton compiles for it, and its launches do nothing."""
 
-    def __init__(self, chip: Chip, work: tuple[str, str, int]) -> None:
+    def __init__(self, chip: Chip, work: tuple[str, str, int] | None = None) -> None:
         self.chip, self.work, self.utils = chip, work, _Utilities()
 
     @classmethod
@@ -105,7 +105,7 @@ class _Driver(DriverBase):
     def get_benchmarker(self):
         raise NotImplementedError("nothing can be timed without a GPU")
 
-    def get_current_device(self) -> tuple[str, str, int]:
+    def get_current_device(self) -> tuple[str, str, int] | None:
         # Triton loads a kernel once a device: one for each launch, so that each is seen to load its own
         return self.work
 
