@@ -162,17 +162,20 @@ class _Operations(TorchDispatchMode):
 
     def _plain(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         name, given = func._schema.name.partition("::")[2], list(costs.tensors_in((args, kwargs)))
-        on_cpu = [self.truth.has_data(one) for one in given]
-        if not all(on_cpu):
-            if name in ("item", "_local_scalar_dense"):
-                return self.trace.host_read("item", args[0])
-            to_cpu = kwargs.get("device") == CPU if name == "_to_copy" else name == "copy_" and on_cpu[0]
-            if to_cpu:
-                return self.trace.host_read("to the CPU", args[-1])
-            if name == "copy_" and on_cpu[-1] and not (args[2:] and args[2]):
+        if name == "_local_scalar_dense" and not self.truth.has_data(args[0]):
+            return self.trace.host_read("item", args[0])
+        if name in ("_to_copy", "copy_"):
+            source = given[-1]
+            from_cpu = self.truth.has_data(source)
+            if name == "copy_":
+                to_cpu, waits = self.truth.has_data(given[0]), args[2:] != (True,)
+            else:
+                to_cpu = kwargs.get("device", CPU if from_cpu else META) == CPU
+                waits = not kwargs.get("non_blocking")
+            if to_cpu and not from_cpu:
+                return self.trace.host_read("to the CPU", source)
+            if from_cpu and not to_cpu and waits:
                 self.trace.wait("copy from the CPU")
-        elif given and name == "_to_copy" and kwargs.get("device") == META and not kwargs.get("non_blocking"):
-            self.trace.wait("copy from the CPU")
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             args = (args[0], self._numbered(args[1]), *args[2:])
         result = self._result(name, func, args, kwargs)
@@ -205,9 +208,6 @@ class _Operations(TorchDispatchMode):
 
 
 def _is_composite(func: Any) -> bool:
-    # a view of what it was given: taken apart, item would read the data of a meta tensor
-    if func._schema.name == "aten::item":
-        return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
