@@ -10,6 +10,7 @@ process and one thread, and rests on private parts of torch.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -24,43 +25,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from lorakernels import dispatch
-from lorakernels.aot.chips import CHIPS
-from lorakernels.aot.compilation import StandInDriver
+from lorakernels.aot.chips import CHIPS, Chip
+from lorakernels.aot.stand_in import StandInDriver
 from lorakernels.ops.alibi_attention import flex
 from lorakernels.trace import attention, costs, kernel_costs
+from lorakernels.trace.calls import KernelCall
 from lorakernels.trace.record import Case, Trace
 
-CHIP = CHIPS["sm_90"]
 CUDA, META, CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
-# what implementations ask of a device
-PROPERTIES = SimpleNamespace(
-    name=CHIP.part, major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
-    shared_memory_per_block_optin=CHIP.shared_limit,
-)  # fmt: skip
 
 
-def trace_case(case: Case) -> Trace:
-    """Run a case on tensors without data. Raises HostSyncError where it waits for the device unasked."""
+def trace_case(case: Case, chip: Chip = CHIPS["sm_90"]) -> Trace:
+    """Run a case on tensors without data, for a chip.
+
+    Raises HostSyncError where it waits for the device unasked.
+    """
     trace = Trace(case.host_reads)
     backend = case.side.partition(":")[2] if case.side.startswith("lorakernels:") else ""
-    with patch.dict(os.environ, {"LORAKERNELS_BACKEND": backend}), cuda_without_gpu(trace):
+    with patch.dict(os.environ, {"LORAKERNELS_BACKEND": backend}), cuda_without_gpu(trace, chip):
         case.run(trace)
     return trace
 
 
 @contextlib.contextmanager
-def cuda_without_gpu(trace: Trace) -> Iterator[None]:
+def cuda_without_gpu(trace: Trace, chip: Chip) -> Iterator[None]:
     """Inside, "cuda" means tensors without data, and trace counts what happens to them."""
     truth = _Truth()
+    # what implementations ask of a device
+    properties = SimpleNamespace(name=chip.part, shared_memory_per_block_optin=chip.shared_limit)
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "current_device", lambda: 0),
-            (torch.cuda, "get_device_name", lambda *_: PROPERTIES.name),
-            (torch.cuda, "get_device_properties", lambda *_: PROPERTIES),
+            (torch.cuda, "get_device_name", lambda *_: properties.name),
+            (torch.cuda, "get_device_properties", lambda *_: properties),
             (torch.cuda, "synchronize", lambda *_: trace.host_read("synchronize", torch.empty(0))),
             (_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"]),
-            (triton.runtime.driver, "_active", StandInDriver(CHIP)),
+            (triton.runtime.driver, "_active", StandInDriver(chip)),
             (JITFunction, "run", _counted_launch(trace)),
             # nothing can be timed: the first one that the backend allows
             (dispatch, "choose", lambda problem, candidates, *_, **__: candidates[0]),
@@ -228,6 +229,7 @@ def _counted_launch(trace: Trace) -> Callable[..., None]:
         size = tuple(grid(arguments) if callable(grid) else grid)
         if not all(size):
             raise ValueError(f"{kernel.__name__}: expected a grid without zeros, got {size}")
-        trace.launch(kernel_costs.launch_of(kernel.__name__, arguments, (*size, 1, 1)[:3]))
+        launch = kernel_costs.launch_of(kernel.__name__, arguments, (*size, 1, 1)[:3])
+        trace.launch(replace(launch, call=KernelCall.of(kernel, arguments | kwargs, size)))
 
     return run

@@ -3,10 +3,13 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lorakernels.trace.calls import KernelCall
 
 
 class HostSyncError(RuntimeError):
@@ -24,6 +27,7 @@ class Launch:
         read, written: bytes, each tensor once, unless the kernel is known to read one again.
         flops: of matrix products; 0 for everything else.
         wide: whether the products are of float32 or wider.
+        call: of a Triton kernel, what it is compiled by.
     """
 
     kind: str
@@ -33,6 +37,7 @@ class Launch:
     written: int
     flops: int = 0
     wide: bool = False
+    call: "KernelCall | None" = field(default=None, compare=False)
 
     @property
     def bytes(self) -> int:
