@@ -162,33 +162,35 @@ class _Operations(TorchDispatchMode):
             return self._plain(func, args, kwargs)
 
     def _plain(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The result of an operation that is not made of others, after counting it."""
         name, given = func._schema.name.partition("::")[2], list(costs.tensors_in((args, kwargs)))
         if name == "_local_scalar_dense" and not self.truth.has_data(args[0]):
             return self.trace.host_read("item", args[0])
-        if name in ("_to_copy", "copy_"):
+        if name in ("copy_", "_to_copy"):
             source = given[-1]
-            from_cpu = self.truth.has_data(source)
-            if name == "copy_":
-                to_cpu, waits = self.truth.has_data(given[0]), args[2:] != (True,)
-            else:
-                to_cpu = kwargs.get("device", CPU if from_cpu else META) == CPU
-                waits = not kwargs.get("non_blocking")
+            from_cpu, to_cpu = self.truth.has_data(source), self._copies_to_cpu(name, args, kwargs)
             if to_cpu and not from_cpu:
                 return self.trace.host_read("to the CPU", source)
-            if from_cpu and not to_cpu and waits:
+            if from_cpu and not to_cpu and not (kwargs.get("non_blocking") or args[2:] == (True,)):
                 self.trace.wait("copy from the CPU")
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            args = (args[0], self._numbered(args[1]), *args[2:])
+            args = (args[0], self._without_masks(args[1]), *args[2:])
         result = self._result(name, func, args, kwargs)
         everything = [*given, *costs.tensors_in(result)]
-        if everything and not all(map(self.truth.has_data, everything)):
+        if not all(map(self.truth.has_data, everything)):
             launch = costs.launch_of(func, args, kwargs, result)
             if launch is not None:
                 self.trace.launch(launch)
         return result
 
-    def _numbered(self, indices: list[Tensor | None]) -> list[Tensor | None]:
-        """Indices of which the masks, whose elements are counted on the device first, became numbers."""
+    def _copies_to_cpu(self, name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+        if name == "copy_":
+            return self.truth.has_data(args[0])
+        device = kwargs.get("device")
+        return self.truth.has_data(args[0]) if device is None else device == CPU
+
+    def _without_masks(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Indices with numbers in place of masks, which CUDA, too, finds by nonzero first."""
         found: list[Tensor | None] = []
         for index in indices:
             if index is None or index.dtype != torch.bool or self.truth.has_data(index):
