@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,18 +22,22 @@ OURS = "lorakernels:"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trace, print the table, write and compare; 1 where something is not as it must be, else 0."""
+    """Trace, print the table, write and compare; 1 where a count is not as it must be, 2 without a case."""
     # set before Triton is imported: an interpreted kernel is not launched
     os.environ["TRITON_INTERPRET"] = "0"
     from lorakernels.trace.pretend import trace_case
     from lorakernels.trace.record import HostSyncError
 
     options = _parse(arguments)
+    cases = _cases(options.cases, options.case)
+    if not cases:
+        print(f"--case: nothing has {options.case!r} in its name and side", file=sys.stderr)
+        return 2
     records: list[dict[str, Any]] = []
     failures: list[str] = []
     print(_HEADER)
     shown = ""
-    for case in _cases(options.cases, options.case):
+    for case in cases:
         if case.name != shown:
             shown = case.name
             print(f"{case.name}")
@@ -86,7 +91,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lorakernels.trace", description="Count the GPU's work without a GPU."
     )
-    parser.add_argument("--cases", nargs="+", default=[], metavar="MODULE", help="more: modules with cases()")
+    parser.add_argument(
+        "--cases", nargs="+", type=_module, default=[], metavar="MODULE", help="more: modules with cases()"
+    )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases with this in name and side")
     parser.add_argument("--launches", action="store_true", help="list every launch")
     parser.add_argument("--json", metavar="FILE", help="write the records as a JSON list")
@@ -94,11 +101,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _cases(modules: list[str], text: str) -> "list[Case]":
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
+
+
+def _cases(modules: list[ModuleType], text: str) -> "list[Case]":
     """Those of lorakernels.trace.cases and of modules, the sides of a case together."""
+    from lorakernels.trace import cases as operators
+
     by_name: dict[str, list[Case]] = {}
-    for module in ("lorakernels.trace.cases", *modules):
-        for case in importlib.import_module(module).cases():
+    for module in (operators, *modules):
+        for case in module.cases():
             by_name.setdefault(case.name, []).append(case)
     return [case for group in by_name.values() for case in group if text in f"{case.name}, {case.side}"]
 

@@ -54,6 +54,18 @@ def test_one_case_does_not_need_the_others():
     ]
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [("--case", "--case: nothing has 'nothing' in"), ("--cases", "nothing: No module named 'nothing'")],
+)
+def test_a_case_that_does_not_exist_is_named_in_one_line(option, expected):
+    command = [sys.executable, "-m", "lorakernels.trace", option, "nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert expected in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_changed_implementations_break_their_budgets():
     done = subprocess.run(
         [sys.executable, "-m", "tests.lorakernels.trace.mutations"],
