@@ -1,8 +1,9 @@
 """python -m lorakernels.aot [--arch sm_80 sm_90 gfx942 ...] [--dtype bf16 ...] [--all] [--json FILE]
 
-Without arguments: the part for continuous integration, every shipped tile of sm_80, sm_90 and gfx942 in bf16
-with float32 adapters. Compiled kernels stay in Triton's cache (TRITON_CACHE_DIR), whose key is their source.
-Exits with 1 where a kernel does not compile, spills, or breaks a limit of its chip.
+Without arguments: the part for continuous integration, the launches of sm_80, sm_90, sm_100 and gfx942 in
+bf16 with float32 adapters, at ranks 8, 16 and 64, with the weight by rows and even widths. Compiled kernels
+stay in Triton's cache (TRITON_CACHE_DIR), whose key is their source. Exits with 1 where a kernel does not
+compile, spills, or breaks a limit of its chip.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-CI_ARCHS, CI_DTYPES = ("sm_80", "sm_90", "gfx942"), ("bf16+fp32",)
+CI_ARCHS, CI_DTYPES = ("sm_80", "sm_90", "sm_100", "gfx942"), ("bf16+fp32",)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,8 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     for arch in options.arch:
         print(f"\n{roofline.table(CHIPS[arch])}")
     if options.json:
+        lines = ",\n ".join(json.dumps(vars(one)) for one in records)
         with open(options.json, "w") as file:
-            json.dump([vars(one) for one in records], file, indent=1)
+            file.write(f"[{lines}]\n")
     broken = [one for one in records if one.broken]
     for one in broken:
         print(
@@ -50,7 +52,7 @@ def _parse(arguments: list[str] | None, archs: list[str], dtypes: list[str]) -> 
     parser.add_argument("--arch", nargs="+", choices=archs, help=f"targets (default: {' '.join(CI_ARCHS)})")
     parser.add_argument("--dtype", nargs="+", choices=dtypes, help="dtype of x, + that of wider adapters")
     parser.add_argument(
-        "--all", action="store_true", help="every target, dtype and storage order of the weight"
+        "--all", action="store_true", help="every target, dtype, width and storage order of the weight"
     )
     parser.add_argument("--only", metavar="ROLE", default="", help="launches whose role begins like that")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
@@ -63,27 +65,29 @@ def _parse(arguments: list[str] | None, archs: list[str], dtypes: list[str]) -> 
 
 def _compile_all(options: argparse.Namespace) -> Iterator[list[dict]]:
     from lorakernels.aot.chips import CHIPS
-    from lorakernels.aot.compilation import compile_launch
-    from lorakernels.aot.launches import launches
+    from lorakernels.aot.compilation import compile_launches
+    from lorakernels.aot.launches import Launch, launches
 
-    work = [
-        (arch, dtype, index)
-        for arch in options.arch
-        for dtype in options.dtype
-        # tf32 is NVIDIA's
-        if CHIPS[arch].nvidia or dtype != "tf32"
-        for index, launch in enumerate(launches(CHIPS[arch], dtype))
-        if launch.role.startswith(options.only) and (options.all or "by columns" not in launch.role)
-    ]
+    # together what may compile to the same: the second one is found in Triton's cache
+    work: dict[tuple[str, str, str, str], list[Launch]] = {}
+    for arch in options.arch:
+        for dtype in options.dtype:
+            # tf32 is NVIDIA's
+            if dtype == "tf32" and not CHIPS[arch].nvidia:
+                continue
+            for launch in launches(CHIPS[arch], dtype):
+                if launch.role.startswith(options.only) and (options.all or not launch.rare):
+                    work.setdefault((arch, dtype, launch.call.name, launch.tile), []).append(launch)
+    groups = [(arch, dtype, found) for (arch, dtype, *_), found in work.items()]
     if options.jobs <= 1:
-        yield from map(compile_launch, work)
+        yield from map(compile_launches, groups)
         return
     # spawn: a forked copy of torch's threads may hang
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for done, found in enumerate(pool.imap_unordered(compile_launch, work), 1):
+        for done, records in enumerate(pool.imap_unordered(compile_launches, groups), 1):
             if sys.stderr.isatty():
-                print(f"\r{done}/{len(work)} launches", end="", file=sys.stderr, flush=True)
-            yield found
+                print(f"\r{done}/{len(groups)} groups of launches", end="", file=sys.stderr, flush=True)
+            yield records
 
 
 def _table(records: list) -> str:

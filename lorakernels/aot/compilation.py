@@ -8,13 +8,12 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import triton
 from triton import knobs
-from triton.backends.driver import DriverBase
 
 from lorakernels.aot.chips import CHIPS, Chip
-from lorakernels.aot.launches import Launch, launches
+from lorakernels.aot.launches import Launch
+from lorakernels.aot.stand_in import StandInDriver
 
 
 @dataclass(frozen=True)
@@ -48,72 +47,29 @@ class Record:
         return "" if self.blocks_per_sm else "not one block fits on a multiprocessor"
 
 
-def compile_launch(work: tuple[str, str, int]) -> list[dict]:
-    """The records, as dicts, of one launch (arch, dtype, index in launches); an error is a record too."""
-    arch, dtype, index = work
-    chip = CHIPS[arch]
-    launch = list(launches(chip, dtype))[index]
+def compile_launches(work: tuple[str, str, list[Launch]]) -> list[dict]:
+    """The records, as dicts, of launches for an arch and a key of DTYPES; an error is a record too."""
+    arch, dtype, launches = work
+    return [asdict(record) for launch in launches for record in _compile(CHIPS[arch], dtype, launch)]
+
+
+def _compile(chip: Chip, dtype: str, launch: Launch) -> list[Record]:
     loaded: list[tuple[str, dict[str, str], str]] = []
 
     def collect(module, function, name, metadata_group, hash) -> None:
         loaded.append((name, metadata_group, hash))
 
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    triton.runtime.driver.set_active(_Driver(chip, work))
+    # one device for each launch, so that each is seen to load its own
+    triton.runtime.driver.set_active(StandInDriver(chip, (chip.arch, dtype, launch)))
     knobs.runtime.kernel_load_end_hook.add(collect)
     try:
-        launch.run()
-        return [asdict(_record(chip, dtype, launch, *kernel)) for kernel in loaded]
+        launch.call.run()
+        return [_record(chip, dtype, launch, *kernel) for kernel in loaded]
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
-        return [asdict(Record("?", launch.role, arch, dtype, launch.tile, error=text))]
+        return [Record(launch.call.name, launch.role, chip.arch, dtype, launch.tile, error=text)]
     finally:
         knobs.runtime.kernel_load_end_hook.remove(collect)
-
-
-class _Utilities:
-    def load_binary(self, name, binary, shared, device):
-        return object(), None, 0, 0, 1 << 16
-
-    def unload_module(self, module) -> None:
-        pass
-
-    def get_device_properties(self, device) -> dict:
-        # the limit is checked afterwards, so that a broken one is reported with the rest
-        return {"max_shared_mem": 1 << 30}
-
-
-class _Driver(DriverBase):
-    """A stand-in for a GPU of the chip's kind: Triton compiles for it, and its launches do nothing."""
-
-    def __init__(self, chip: Chip, work: tuple[str, str, int]) -> None:
-        self.chip, self.work, self.utils = chip, work, _Utilities()
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self):
-        return self.chip.target
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def get_benchmarker(self):
-        raise NotImplementedError("nothing can be timed without a GPU")
-
-    def get_current_device(self) -> tuple[str, str, int]:
-        # Triton loads a kernel once a device: one for each launch, so that each is seen to load its own
-        return self.work
-
-    def get_current_stream(self, device) -> int:
-        return 0
-
-    def launcher_cls(self, source, metadata):
-        return lambda *arguments: None
 
 
 def _record(chip: Chip, dtype: str, launch: Launch, name: str, files: dict[str, str], key: str) -> Record:

@@ -1,18 +1,25 @@
-"""What is compiled: the shipped launches of every operator, on tensors without memory.
+"""What is compiled: every launch that the operators make for a chip, traced on tensors without data.
 
-The launchers themselves run, so the specialisation that Triton derives (divisibility by 16, strides of 1) is
-the one of a real call with aligned tensors, and no attribute is written by hand.
+The public functions run forward and backward with every shipped tile, so that arguments, constants and
+options are those of a real call, and Triton derives the specialisation (divisibility by 16, strides of 1,
+alignment) from them as it does at a launch.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from lorakernels import linear_cross_entropy, lora_linear
 from lorakernels.aot.chips import Chip
-from lorakernels.ops.linear_cross_entropy import triton as cross_entropy
-from lorakernels.ops.lora_linear import triton as lora_linear
+from lorakernels.ops.lora_linear.kernels import PACKED_LEFT, PACKED_RIGHT
+from lorakernels.ops.lora_linear.triton import shipped_tiles
+from lorakernels.trace.calls import KernelCall
+from lorakernels.trace.cases import forward_and_backward
+from lorakernels.trace.pretend import trace_case
+from lorakernels.trace.record import Case, Trace
 
 # dtype of x and weight, dtype of the adapters
 DTYPES = {
@@ -23,92 +30,130 @@ DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "tf32": (torch.float32, torch.float32),
 }
-M, N, K = 8192, 6144, 2048
-RANKS = (16, 64)
+RANKS = (8, 16, 64)
 DROPOUT = 0.1
+# by what is added to the names of roles: M, N and K of the layer
+RAGGED, ODD = ", ragged", ", odd widths"
+SIZES = {"": (8192, 6144, 2048), RAGGED: (8191, 6144, 2048), ODD: (8191, 6141, 2047)}
+# and rows, width and vocabulary of the loss
+LOSS_SIZES = {"": (8192, 1024, 250_880), RAGGED: (8191, 1024, 250_881)}
+
+PRODUCT = "lora_linear_forward_kernel"
+_ROLES = {
+    "lora_linear_shrink_kernel": "shrink",
+    "lora_linear_reduce_kernel": "reduce",
+    "lora_linear_backward_kernel": "adapter_grad dS dB",
+    "lora_linear_backward_a_kernel": "adapter_grad dA",
+    "linear_cross_entropy_forward_kernel": "cross entropy forward",
+    "linear_cross_entropy_backward_kernel": "cross entropy weight gradient",
+}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A call that compiles one kernel or more; role says what the main one is for, tile how it is cut."""
+    """A call of a kernel.
+
+    Attributes:
+        role: what it is for.
+        tile: how it is cut.
+        rare: compiled on demand only.
+    """
 
     role: str
     tile: str
-    run: Callable[[], object]
+    call: KernelCall
+    rare: bool = field(default=False, compare=False)
 
 
-def launches(chip: Chip, dtype: str) -> Iterator[Launch]:
-    """Every shipped launch for that chip and dtype (a key of DTYPES)."""
-    x_dtype, adapter_dtype = DTYPES[dtype]
-    yield from _products(chip, x_dtype, adapter_dtype)
-    for rank in RANKS:
-        yield from _thin(x_dtype, adapter_dtype, rank)
-    if x_dtype == adapter_dtype:
-        yield from _cross_entropy(x_dtype)
+@dataclass(frozen=True)
+class _Layer:
+    """One LoRA linear of a dtype (a key of DTYPES) and sizes M, N and K."""
+
+    dtype: str
+    sizes: tuple[int, int, int]
+    rank: int
+    dropout_p: float
+    by_columns: bool
+
+    def __call__(self, trace: Trace) -> None:
+        (m, n, k), (dtype, adapter_dtype) = self.sizes, DTYPES[self.dtype]
+        x, bias = _empty(dtype, m, k, trained=True), _empty(dtype, n)
+        weight = _empty(dtype, k, n).T if self.by_columns else _empty(dtype, n, k)
+        lora_a = _empty(adapter_dtype, self.rank, k, trained=True)
+        lora_b = _empty(adapter_dtype, n, self.rank, trained=True)
+        forward_and_backward(
+            trace, lambda: lora_linear(x, weight, bias, lora_a, lora_b, 2.0, dropout_p=self.dropout_p)
+        )
 
 
-def _products(chip: Chip, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Iterator[Launch]:
-    x, dy, weight, bias = _meta(dtype, (M, K), (M, N), (N, K), (N,))
-    by_columns = _meta(dtype, (K, N))[0].T
-    width = 16 * lora_linear._parts(x, _meta(adapter_dtype, (1,))[0])
-    left, b_rows, b_columns, a_rows, a_columns = _meta(
-        dtype, (M, width), (N, width), (width, N), (K, width), (width, K)
-    )
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    for tile in lora_linear.shipped_tiles(dtype, chip.shared_limit):
+@dataclass(frozen=True)
+class _Loss:
+    """The cross entropy of a trained head; trained: whether hidden is, too."""
 
-        def forward(tile=tile):
-            return lora_linear._product(x, weight, bias, left, b_rows, 0.0, seed, tile)
+    dtype: str
+    sizes: tuple[int, int, int]
+    trained: bool
 
-        def dx(tile=tile):
-            return lora_linear._product(dy, weight.T, None, left, a_columns.T, 0.0, seed, tile)
-
-        def forward_by_columns(tile=tile):
-            return lora_linear._product(x, by_columns, bias, left, b_columns.T, 0.0, seed, tile)
-
-        def dx_by_columns(tile=tile):
-            return lora_linear._product(dy, by_columns.T, None, left, a_rows, 0.0, seed, tile)
-
-        yield Launch("forward", str(tile), forward)
-        yield Launch("dx", str(tile), dx)
-        yield Launch("forward, weight by columns", str(tile), forward_by_columns)
-        yield Launch("dx, weight by columns", str(tile), dx_by_columns)
-    for tile in lora_linear.shipped_tiles(dtype, chip.shared_limit, dropout=True):
-
-        def dx_with_dropout(tile=tile):
-            return lora_linear._product(dy, weight.T, None, left, a_columns.T, DROPOUT, seed, tile)
-
-        yield Launch("dx with dropout", str(tile), dx_with_dropout)
+    def __call__(self, trace: Trace) -> None:
+        (rows, width, vocabulary), dtype = self.sizes, DTYPES[self.dtype][0]
+        hidden = _empty(dtype, rows, width, trained=self.trained)
+        weight = _empty(dtype, vocabulary, width, trained=True)
+        labels = _empty(torch.int64, rows)
+        forward_and_backward(trace, lambda: linear_cross_entropy(hidden, weight, labels))
 
 
-def _thin(dtype: torch.dtype, adapter_dtype: torch.dtype, rank: int) -> Iterator[Launch]:
-    x, dy = _meta(dtype, (M, K), (M, N))
-    lora_a, lora_b = _meta(adapter_dtype, (rank, K), (N, rank))
-    (s,) = _meta(torch.float32, (M, rank))
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    name = f"rank {rank}"
-    for p, suffix in ((0.0, ""), (DROPOUT, " with dropout")):
-        yield Launch(f"shrink{suffix}", name, partial(lora_linear._shrink, x, lora_a, p, seed))
-        yield Launch(f"adapter_grad dA{suffix}", name, partial(lora_linear._sum_over_rows, x, s, p, seed))
-    yield Launch("adapter_grad dS dB", name, lambda: lora_linear._one_pass(dy, lora_b, s))
-    sums = torch.empty(4, M, rank, dtype=torch.float32, device="meta")
-    parts = lora_linear._parts(x, lora_a)
-    yield Launch("reduce", name, lambda: lora_linear._reduce_and_pack(sums, rank, 2.0, dtype, parts))
-    yield Launch("pack", name, lambda: lora_linear._pack(lora_b, x, rank_contiguous=True))
+def launches(chip: Chip, dtype: str) -> list[Launch]:
+    """Every distinct launch for that chip and dtype (a key of DTYPES)."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        return list(dict.fromkeys([*_layers(chip, dtype), *_losses(chip, dtype)]))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _cross_entropy(dtype: torch.dtype) -> Iterator[Launch]:
-    hidden, weight = _meta(dtype, (M, 1024), (250880, 1024))
-    labels = torch.empty(M, dtype=torch.int64, device="meta")
-    losses, row_gradient = _meta(torch.float32, (M,), (M,))
-    (statistics,) = _meta(torch.float32, (M, 2))
-    yield Launch("cross entropy forward", "row", lambda: cross_entropy.forward(hidden, weight, labels, True))
-    yield Launch(
-        "cross entropy weight gradient",
-        "row",
-        lambda: cross_entropy.weight_gradient(hidden, weight, labels, losses, statistics, row_gradient),
-    )
+def _layers(chip: Chip, dtype: str) -> Iterator[Launch]:
+    for shape, by_columns, dropout_p in itertools.product(SIZES, (False, True), (0.0, DROPOUT)):
+        tiles = shipped_tiles(DTYPES[dtype][0], chip.shared_limit, dropout_p > 0)
+        for tile, rank in itertools.product(tiles, RANKS):
+            # of ragged rows the largest tile and rank stand for all: they are the first to spill
+            largest = tile == tiles[0] and rank == RANKS[-1]
+            rare = by_columns or shape == ODD or (shape == RAGGED and not largest)
+            layer = _Layer(dtype, SIZES[shape], rank, dropout_p, by_columns)
+            for direction, call in _calls(chip, f"triton:{tile}", layer):
+                role = _role(call, direction, by_columns) + shape
+                yield Launch(role, str(tile) if call.name == PRODUCT else f"rank {rank}", call, rare)
 
 
-def _meta(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+def _role(call: KernelCall, direction: str, by_columns: bool) -> str:
+    """What the layer calls a kernel for."""
+    arguments = dict(call.arguments)
+    role = _ROLES.get(call.name) or ("forward" if direction == "forward" else "dx")
+    if call.name == "lora_linear_reduce_kernel":
+        packed = {PACKED_LEFT.value: "reduce and pack", PACKED_RIGHT.value: "pack"}
+        role = packed.get(arguments["LAYOUT"], role)
+    if arguments.get("DROPOUT"):
+        role += " with dropout"
+    # the others do not see the weight
+    return f"{role}, weight by columns" if by_columns and (call.name == PRODUCT or role == "pack") else role
+
+
+def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:
+    for shape, trained in itertools.product(LOSS_SIZES, (True, False)):
+        for _, call in _calls(chip, "", _Loss(dtype, LOSS_SIZES[shape], trained)):
+            gradient = dict(call.arguments).get("WITH_GRADIENT", True)
+            yield Launch(f"{_ROLES[call.name]}{'' if gradient else ' without gradient'}{shape}", "row", call)
+
+
+def _calls(chip: Chip, backend: str, run: _Layer | _Loss) -> Iterator[tuple[str, KernelCall]]:
+    """The passes and kernel calls of run on that chip, in order."""
+    reads = {"nonzero": len, "tolist": lambda _: [0, 1]}
+    trace = trace_case(Case("compiled", f"lorakernels:{backend}", run, reads), chip)
+    for name, counts in trace.passes.items():
+        for launch in counts.launches:
+            if launch.call is not None:
+                yield name, launch.call
+
+
+def _empty(dtype: torch.dtype, *shape: int, trained: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=trained)

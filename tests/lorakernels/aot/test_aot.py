@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+import triton
+
+from lorakernels.trace import kernel_costs
+
 ROOT = Path(__file__).parents[3]
+ARCHS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 FIELDS = {
     "kernel", "role", "arch", "dtype", "tile", "registers", "spill_bytes", "shared_bytes", "shared_limit",
     "blocks_per_sm", "matrix_instructions", "async_copies",
@@ -30,11 +35,45 @@ def records(tmp_path_factory) -> list[dict]:
 def test_every_shipped_tile_compiles_without_a_spill(records):
     assert records
     assert all(set(one) >= FIELDS for one in records)
-    assert {one["arch"] for one in records} == {"sm_80", "sm_90", "gfx942"}
+    assert {one["arch"] for one in records} == ARCHS
     assert all(one["spill_bytes"] == 0 for one in records)
     assert all(one["shared_bytes"] <= one["shared_limit"] for one in records)
-    for role in ("forward", "dx", "dx with dropout", "shrink", "adapter_grad dS dB", "adapter_grad dA"):
-        assert {one["arch"] for one in records if one["role"] == role} == {"sm_80", "sm_90", "gfx942"}
+
+
+@pytest.mark.timeout(560)
+def test_every_kernel_is_compiled_at_every_rank_and_for_ragged_rows(records):
+    assert {one["kernel"] for one in records} == set(kernel_costs.COSTS)
+
+    def compiled(role: str) -> set[tuple[str, str]]:
+        return {(one["arch"], one["tile"]) for one in records if one["role"] == role}
+
+    every_rank = {(arch, f"rank {rank}") for arch in ARCHS for rank in (8, 16, 64)}
+    for role in ("shrink", "adapter_grad dS dB", "adapter_grad dA", "reduce", "reduce and pack", "pack"):
+        assert compiled(role) == every_rank
+        assert compiled(f"{role}, ragged") == {(arch, "rank 64") for arch in ARCHS}
+    for role in ("forward", "dx", "dx with dropout"):
+        assert {arch for arch, _ in compiled(role)} == ARCHS
+        assert compiled(f"{role}, ragged") < compiled(role)
+        assert {arch for arch, _ in compiled(f"{role}, ragged")} == ARCHS
+    for role in ("forward", "forward without gradient", "weight gradient"):
+        for shape in ("", ", ragged"):
+            assert compiled(f"cross entropy {role}{shape}") == {(arch, "row") for arch in ARCHS}
+
+
+@pytest.mark.timeout(560)
+def test_registers_shared_memory_and_matrix_instructions_are_those_of_the_table(records):
+    table = Path(__file__).parent / "resources" / f"triton-{triton.__version__}.json"
+    if not table.exists():
+        pytest.skip(f"Triton {triton.__version__} has no table: python -m lorakernels.aot --json {table}")
+
+    def resources(listed: list[dict]) -> dict[tuple[str, ...], list[tuple[int, ...]]]:
+        found: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+        for one in listed:
+            counts = (one["registers"], one["shared_bytes"], one["matrix_instructions"])
+            found.setdefault((one["arch"], one["kernel"], one["role"], one["tile"]), []).append(counts)
+        return {name: sorted(counts) for name, counts in found.items()}
+
+    assert resources(records) == resources(json.loads(table.read_text()))
 
 
 @pytest.mark.timeout(560)
