@@ -40,14 +40,18 @@ def run_all(phases: Phases) -> None:
         function()
 
 
-def captured(phases: Phases, device: str, pool: object) -> Callable[[], None]:
-    """A function that replays all phases as one CUDA graph; on a CPU, one that calls them.
+def new_pool(device: str) -> object:
+    """Memory that several graphs may share: they then take together what the largest takes.
 
-    Graphs may share pool, a `torch.cuda.graph_pool_handle`, where no two run at once and what one leaves
-    there is not read later: together they then take the memory of the largest.
+    No two of them may run at once, and what one leaves there may not be read later.
     """
+    return torch.cuda.graph_pool_handle() if device == "cuda" else None
+
+
+def run_aside(phases: Phases, device: str) -> None:
+    """Call every phase a few times on another stream, as a capture needs it."""
     if device != "cuda":
-        return lambda: run_all(phases)
+        return
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -55,6 +59,12 @@ def captured(phases: Phases, device: str, pool: object) -> Callable[[], None]:
             run_all(phases)
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+
+
+def captured(phases: Phases, device: str, pool: object) -> Callable[[], None]:
+    """A function that replays all phases as one CUDA graph in pool; on a CPU, one that calls them."""
+    if device != "cuda":
+        return lambda: run_all(phases)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         run_all(phases)

@@ -11,13 +11,14 @@ from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MOST_KERNELS, REPEATS = 25, 5
+ALL = "all of them"
 # The device waits so many cycles first, or it would be idle between operations and the waits be counted.
 HEAD_START_CYCLES = 100_000_000
 COPIED_BYTES = 2**30
 
 
 def profile(run: Callable[[], object], device: str) -> list[dict]:
-    """The kernels of one run that take longest: {kernel, calls, ms, share of all kernels' time}.
+    """All kernels of one run, and those that take longest: {kernel, calls, ms, share of all kernels' time}.
 
     On a CPU, which has no kernels, ATen's operations.
     """
@@ -32,16 +33,20 @@ def profile(run: Callable[[], object], device: str) -> list[dict]:
     taken = [(one.self_device_time_total if on_gpu else one.self_cpu_time_total, one) for one in events]
     total = sum(microseconds for microseconds, _ in taken) or 1.0
     taken.sort(key=lambda pair: -pair[0])
+    launched = sum(one.count for microseconds, one in taken if microseconds)
     return [
-        _row(one.key, one.count, microseconds / 1e3, total / 1e3)
-        for microseconds, one in taken[:MOST_KERNELS]
-        if microseconds
+        _row(ALL, launched, total / 1e3, total / 1e3),
+        *(
+            _row(one.key, one.count, microseconds / 1e3, total / 1e3)
+            for microseconds, one in taken[:MOST_KERNELS]
+            if microseconds
+        ),
     ]
 
 
 def copy_rate(device: str, size: int = COPIED_BYTES) -> float:
     """Bytes a second, read and written, of a copy of size bytes: the best of a few."""
-    source = torch.ones(size, dtype=torch.int8, device=device)
+    source = torch.randint(-128, 128, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     times = []
     for _ in range(REPEATS):
@@ -51,15 +56,15 @@ def copy_rate(device: str, size: int = COPIED_BYTES) -> float:
     return max(2 * size / (1e-3 * milliseconds) for milliseconds in _laps(times, device))
 
 
-def by_launch(run: Callable[[], object], device: str, rate: float) -> list[dict]:
-    """What run launches, by name: calls, ms, share of the time, GB, and their share of a rate in bytes a second.
+def by_launch(run: Callable[[], object], device: str, rate: float, repeats: int = REPEATS) -> list[dict]:
+    """What run launches, by name: calls, ms, share of the time, GB, and the share of rate, in bytes a second.
 
     Bytes are those of the operands, each counted once, and of the results: the least that has to be moved.
     Every operation is timed by a pair of events, which adds about 2 microseconds to each.
     """
     run()
     runs = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda._sleep(HEAD_START_CYCLES)

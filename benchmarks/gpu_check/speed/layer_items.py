@@ -9,10 +9,10 @@ from benchmarks.baselines import lora_linear as baselines
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.lora_items import forced
 from benchmarks.gpu_check.pool import Item, Setting
-from benchmarks.gpu_check.speed.launches import COPIED_BYTES, by_launch, copy_rate
+from benchmarks.gpu_check.speed.launches import COPIED_BYTES, REPEATS, by_launch, copy_rate
 from benchmarks.gpu_check.speed.models import FROZEN
-from benchmarks.gpu_check.speed.sides import EAGER, MODES, Case, Differentiated, Side, far_off
-from lorakernels import LoRALinear, dispatch, lora_linear
+from benchmarks.gpu_check.speed.sides import EAGER, MODES, Case, Differentiated, Side, other_side
+from lorakernels import LoRALinear, dispatch
 from lorakernels.dispatch import Implementation
 from lorakernels.ops.lora_linear import check, implementations
 
@@ -74,7 +74,7 @@ def check_layer(findings: Findings, setting: Setting, rank: int, mode: str) -> N
         found = findings.cases[case.name]["extra_info"]
         found["copy_rate"] = round(rate)
         found["kernels"] = {
-            name: by_launch(side.launched, setting.device, rate)
+            name: by_launch(side.launched, setting.device, rate, setting.pick(REPEATS, 1))
             for name, side in sides.items()
             if side.launched is not None
         }
@@ -97,11 +97,10 @@ def make_other(
 ) -> Side:
     """Another project's layer."""
     both = differentiated(problem, make(problem))
-    return Side(
-        both.phases(),
-        lambda: far_off(check.RESULTS, both.results(), exact.results),
-        both.results if make is baselines.addmm_in_place else None,
-    )
+    side = other_side(both, named(exact))
+    if make is baselines.addmm_in_place:
+        side.launched = both.results
+    return side
 
 
 def make_compiled_peft(setting: Setting, problem: check.Case) -> baselines.Layer:
@@ -113,9 +112,7 @@ def make_compiled_peft(setting: Setting, problem: check.Case) -> baselines.Layer
 def make_auto(problem: check.Case, exact: check.Exact, roundings: int) -> Side:
     """`LoRALinear` with what "auto" chooses."""
     both = ours(problem)
-    return Side(
-        both.phases(), lambda: check.failures(both.results(), problem, roundings=roundings, exact=exact)
-    )
+    return Side(both.phases(), both.results, named(exact), failures(problem, exact, roundings))
 
 
 def make_one(problem: check.Case, exact: check.Exact, one: Implementation) -> Side:
@@ -131,9 +128,23 @@ def make_one(problem: check.Case, exact: check.Exact, one: Implementation) -> Si
 
     return Side(
         {name: within(phase) for name, phase in both.phases().items()},
-        lambda: check.failures(within(both.results)(), problem, roundings=one.roundings, exact=exact),
+        within(both.results),
+        named(exact),
+        failures(problem, exact, one.roundings),
         lambda: check.run_results(one.forward, one.backward, problem),
     )
+
+
+def failures(
+    problem: check.Case, exact: check.Exact, roundings: int
+) -> Callable[[list[torch.Tensor]], list[str]]:
+    """The project's rule, as a function of the results."""
+    return lambda got: check.failures(got, problem, roundings=roundings, exact=exact)
+
+
+def named(exact: check.Exact) -> list[tuple[str, torch.Tensor]]:
+    """The four results by name."""
+    return list(zip(check.RESULTS, exact.results, strict=True))
 
 
 def ours(problem: check.Case) -> Differentiated:

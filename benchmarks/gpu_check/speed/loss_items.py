@@ -18,8 +18,8 @@ from benchmarks.gpu_check.speed.sides import (
     Case,
     Differentiated,
     Side,
-    Unavailable,
-    far_off,
+    UnavailableError,
+    other_side,
     remembered_rows,
 )
 from lorakernels import dispatch, linear_cross_entropy
@@ -47,26 +47,26 @@ def check_loss(findings: Findings, setting: Setting, mode: str) -> None:
     share = torch.full((rows,), 1 / rows, device=hidden.device)
     exact = exact_loss(hidden, weight, labels, share)
     exact[0] = exact[0].mean()
+    named = list(zip(check.RESULTS, exact, strict=True))[:2]
 
     def differentiated(loss: Loss) -> Differentiated:
         leaf = hidden.clone().requires_grad_()
         return Differentiated(lambda: loss(leaf, weight, labels), [leaf])
 
     def make_other(get: Callable[[], Loss]) -> Side:
-        both = differentiated(get())
-        return Side(both.phases(), lambda: far_off(check.RESULTS[:2], both.results(), exact[:2]))
+        return other_side(differentiated(get()), named)
 
     def make_ours() -> Side:
         both = differentiated(linear_cross_entropy)
 
-        def failures() -> list[str]:
+        def wrong(got: list[Tensor]) -> list[str]:
             found = Findings()
             # the head is frozen
-            judge(found, OURS, [*both.results(), None], exact, hidden, weight)
+            judge(found, "mean", [*got, None], exact, hidden, weight)
             findings.figures.extend(found.figures)
             return found.faults
 
-        return Side(both.phases(), failures)
+        return Side(both.phases(), both.results, named, wrong)
 
     case = Case(
         f"loss[{rows}-bf16]",
@@ -105,11 +105,11 @@ def products_alone(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], obj
 
 
 def liger(device: str) -> Loss:
-    """Liger's own kernel; Unavailable without it, or without a GPU, which it needs."""
+    """Liger's own kernel; UnavailableError without it, or without a GPU, which it needs."""
     if device != "cuda":
-        raise Unavailable("Liger's kernels need a GPU")
+        raise UnavailableError("Liger's kernels need a GPU")
     if importlib.util.find_spec("liger_kernel") is None:
-        raise Unavailable("Liger is not installed")
+        raise UnavailableError("Liger is not installed")
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()

@@ -1,4 +1,4 @@
-"""speed.json: what became of each item, and the cases in pytest-benchmark's form, which benchmarks.report reads."""
+"""speed.json: what became of each item, and the cases in the form that benchmarks.report reads."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from benchmarks.gpu_check.pool import PASS, Item
 from benchmarks.gpu_check.report import Report
 
 FILE = "speed.json"
-SHOWN_KERNELS = 25
+KERNEL_WIDTH = 90
 
 
 class SpeedReport(Report):
@@ -48,7 +48,7 @@ class SpeedReport(Report):
 
 
 def lines(name: str, found: dict) -> Iterator[str]:
-    """A table of a stored case: every side's milliseconds, ratio and host time; what was left out; kernels."""
+    """A stored case: every side's milliseconds, ratio and host time; what was left out; its kernels."""
     yield f"  {name}: {found['title']}; ratios to {found['floor']}"
     for phase, timings in found["phases"].items():
         for side, timing in timings.items():
@@ -61,8 +61,7 @@ def lines(name: str, found: dict) -> Iterator[str]:
         yield f"    left out: {side}: {reason}"
     for side, kernels in found.get("kernels", {}).items():
         yield f"    {side}, by kernel:"
-        for row in kernels[:SHOWN_KERNELS]:
-            moved = (
-                f"  {row['share_of_copy']:.0%} of a copy's bytes a second" if "share_of_copy" in row else ""
-            )
-            yield f"      {row['share']:6.1%} {row['ms']:9.4f} ms {row['calls']:5} x {row['kernel'][:90]}{moved}"
+        for row in kernels:
+            moved = f", {row['share_of_copy']:.0%} of a copy's rate" if "share_of_copy" in row else ""
+            kernel = row["kernel"][:KERNEL_WIDTH]
+            yield f"      {row['share']:6.1%} {row['ms']:9.4f} ms {row['calls']:5} x {kernel}{moved}"

@@ -1,7 +1,6 @@
 """The whole training step: BLOOM-1b7's shape, 4 x 2,048 tokens, with gradient clipping and AdamW."""
 
 import functools
-import gc
 from collections.abc import Callable
 
 import torch
@@ -14,7 +13,16 @@ from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
 from benchmarks.gpu_check.speed import models
 from benchmarks.gpu_check.speed.launches import profile
-from benchmarks.gpu_check.speed.sides import EAGER, GRAPH, NO_MEMORY, WARM, Case, Side, remembered_rows
+from benchmarks.gpu_check.speed.sides import (
+    EAGER,
+    GRAPH,
+    NO_MEMORY,
+    WARM,
+    Case,
+    Side,
+    free_memory,
+    remembered_rows,
+)
 from benchmarks.interleave import ONLY, is_ours
 from lorakernels.tolerance import relative_error
 
@@ -42,8 +50,9 @@ def check_step(findings: Findings, setting: Setting, mode: str) -> None:
         if mode == WARM:
             shape = bloom_step.smaller(shape, layers=WARM_LAYERS, vocab_size=WARM_VOCABULARY)
         left_out = measure(findings, setting, shape, mode, cut=layers != LAYERS[0])
-        if NO_MEMORY not in left_out.values():
+        if NO_MEMORY not in left_out.values() or mode == WARM:
             break
+        free_memory()
 
 
 def measure(
@@ -84,8 +93,6 @@ def measure(
     if mode == EAGER and models.OURS in sides:
         found = findings.cases[case.name]["extra_info"]
         found["kernels"] = {models.OURS: profile(sides[models.OURS].phases[ONLY], setting.device)}
-    del sides, builders, base
-    gc.collect()
     return case.left_out
 
 
@@ -108,31 +115,35 @@ def make_side(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def failures() -> list[str]:
-        loss = loss_and_gradients().item()
-        gradients = [value.grad for value in trained]
+    def results() -> list[Tensor]:
+        found = [loss_and_gradients(), *(value.grad for value in trained)]
         optimizer.zero_grad(set_to_none=True)
-        return wrong_results(name, base, loss, gradients, references)
+        return found
 
-    return Side({ONLY: step}, list if name == models.FROZEN else failures)
+    if name == models.FROZEN or references is None:
+        return Side({ONLY: step})
+    (loss, gradients), _ = references
+    exact = [("loss", torch.tensor(loss, dtype=torch.float64, device=ids.device))]
+    exact += [("gradients", gradient) for gradient in gradients]
+    wrong = functools.partial(wrong_results, name, base, ids.numel(), references)
+    return Side({ONLY: step}, results, exact, wrong)
 
 
 def wrong_results(
-    name: str, base: BloomForCausalLM, loss: float, gradients: list[Tensor], references: list
+    name: str, base: BloomForCausalLM, tokens: int, references: list, got: list[Tensor]
 ) -> list[str]:
     """A line for each result that is too far from float64; ours by what bfloat16 costs at best."""
     (exact, right), (rounded, once) = references
-    errors = [abs(loss - exact) / abs(exact)]
-    errors += [relative_error(*pair) for pair in zip(gradients, right, strict=True)]
+    errors = [abs(got[0].item() - exact) / abs(exact)]
+    errors += [relative_error(*pair) for pair in zip(got[1:], right, strict=True)]
     if is_ours(name):
-        labels = ROWS * models.HEAD_ROWS
         terms = max(4 * base.config.hidden_size, base.config.vocab_size)
-        bounds = [loss_bound(exact, rounded, base.dtype, labels, terms)]
+        bounds = [loss_bound(exact, rounded, base.dtype, tokens, terms)]
         bounds += [gradient_bound(*pair, base.dtype, terms) for pair in zip(right, once, strict=True)]
     else:
         bounds = [OTHERS_LOSS] + [OTHERS_GRADIENT] * len(right)
     return [
-        f"result {index} of loss and gradients: relative error {error:.2g} above {bound:.2g}"
+        f"{'gradient' if index else 'loss'} {index}: relative error {error:.2g} above {bound:.2g}"
         for index, (error, bound) in enumerate(zip(errors, bounds, strict=True))
         if not error <= bound
     ]
@@ -147,6 +158,6 @@ def kept_references(setting: Setting, base: BloomForCausalLM, ids: Tensor) -> li
             model, adapters = models.exact_model(base, rounded)
             found.append(bloom_step.recomputed_step(model, adapters, ids, ids))
             del model, adapters
-            gc.collect()
+            free_memory()
         torch.save(found, path)
     return torch.load(path, map_location=setting.device)
