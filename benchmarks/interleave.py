@@ -63,34 +63,47 @@ def compare(
     warmup: int = 2,
     device: str = "cpu",
     before_turn: Callable[[], object] | None = None,
+    with_host: bool = False,
     **extra: object,
 ) -> dict[str, dict[str, Timing]]:
     """Time every rival in turn, each round starting with another one; print, and keep in extra_info.
 
     A rival is a function, or its phases in order. before_turn is called, untimed, before each rival's.
-    pytest-benchmark's own figures are those of whole rounds. extra joins extra_info. Returns the timings by
-    phase and rival.
+    with_host also keeps, as host_ms, the median milliseconds after which each phase's call has returned: on
+    a GPU, how long the host takes to launch it. pytest-benchmark's own figures are those of whole rounds.
+    extra joins extra_info. Returns the timings by phase and rival.
     """
     steps = {name: {ONLY: step} if callable(step) else dict(step) for name, step in rivals.items()}
     names = list(steps)
     taken: list[dict[str, dict[str, float]]] = []
+    on_host: list[dict[str, dict[str, float]]] = []
     flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device == "cuda" else None
 
     def turn() -> None:
         first = len(taken) % len(names)
         taken.append({})
+        on_host.append({})
         for name in names[first:] + names[:first]:
             if before_turn is not None:
                 before_turn()
             if flushed is not None:
                 flushed.zero_()
-            taken[-1][name] = _time(steps[name], device)
+            taken[-1][name], on_host[-1][name] = _time(steps[name], device)
 
     benchmark.pedantic(turn, rounds=rounds, warmup_rounds=warmup)
-    counted = taken[min(warmup, len(taken) - 1) :]
+    first_counted = min(warmup, len(taken) - 1)
+    counted = taken[first_counted:]
     samples = {
         phase: {name: [one[name][phase] for one in counted] for name in names} for phase in counted[0][floor]
     }
+    if with_host:
+        extra["host_ms"] = {
+            phase: {
+                name: round(statistics.median(one[name][phase] for one in on_host[first_counted:]), 4)
+                for name in names
+            }
+            for phase in samples
+        }
     return record(benchmark, samples, floor=floor, title=title, device=device, **extra)
 
 
@@ -195,17 +208,25 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _time(phases: Mapping[str, Callable[[], object]], device: str) -> dict[str, float]:
-    """Milliseconds of each phase and, where there are several, of the whole."""
-    marks = [_now(device)]
+def _time(
+    phases: Mapping[str, Callable[[], object]], device: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of each phase and, where there are several, of the whole: until done, until returned."""
+    marks, returned = [_now(device)], [time.perf_counter()]
     for function in phases.values():
         function()
         marks.append(_now(device))
+        returned.append(time.perf_counter())
+    host = [1e3 * (end - start) for start, end in itertools.pairwise(returned)]
     if device == "cuda":
         torch.cuda.synchronize()
         laps = [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
     else:
         laps = [1e3 * (end - start) for start, end in itertools.pairwise(marks)]
+    return _with_whole(phases, laps), _with_whole(phases, host)
+
+
+def _with_whole(phases: Mapping[str, object], laps: list[float]) -> dict[str, float]:
     milliseconds = dict(zip(phases, laps, strict=True))
     return milliseconds if len(phases) == 1 else {**milliseconds, WHOLE: sum(laps)}
 

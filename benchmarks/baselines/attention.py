@@ -7,7 +7,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention, softmax
 
 def _bias(query: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """[heads, 1, T], made in float32 and rounded to the model's dtype."""
-    return (slopes[:, None, None] * torch.arange(query.shape[2])).to(query.dtype)
+    return (slopes[:, None, None] * torch.arange(query.shape[2], device=query.device)).to(query.dtype)
 
 
 def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
@@ -18,7 +18,7 @@ def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: t
     bias = _bias(query, slopes).repeat(batch, 1, 1)
     scores = bias.baddbmm(flat[0], flat[1].mT, beta=1.0, alpha=width**-0.5).view(batch, heads, length, length)
     lowest = torch.finfo(query.dtype).min
-    mask = torch.full((length, length), lowest, dtype=query.dtype).triu(1)
+    mask = torch.full((length, length), lowest, dtype=query.dtype, device=query.device).triu(1)
     statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
     weights = softmax(scores + mask, dim=-1, dtype=statistics).to(query.dtype)
     return torch.bmm(weights.view(batch * heads, length, length), flat[2]).view(query.shape)
@@ -29,7 +29,7 @@ def sdpa_with_bias(
 ) -> torch.Tensor:
     """torch's attention with an explicit [1, heads, T, T] bias that holds the causal mask."""
     length = query.shape[2]
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     bias = _bias(query, slopes).expand(-1, length, -1).masked_fill(future, -torch.inf)
     return scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
 
@@ -39,7 +39,7 @@ def sdpa_with_extra_dimension(
 ) -> torch.Tensor:
     """torch's causal attention without a mask: the bias is one more head dimension, padded to 16."""
     batch, heads, length, width = query.shape
-    one = torch.full((batch, heads, length, 1), width**0.5, dtype=query.dtype)
+    one = torch.full((batch, heads, length, 1), width**0.5, dtype=query.dtype, device=query.device)
     bias = _bias(query, slopes).mT.expand(batch, heads, length, 1)
     query, key = pad(torch.cat([query, one], -1), (0, 15)), pad(torch.cat([key, bias], -1), (0, 15))
     out = scaled_dot_product_attention(query, key, pad(value, (0, 16)), is_causal=True, scale=width**-0.5)

@@ -216,14 +216,25 @@ def exact_results(
     model.double()
     if rounded:
         round_modules(model, getattr(torch, shape.dtype))
-    # all layers' float64 activations together would not fit into memory
-    model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = shape.batch()
+    loss, gradients = recomputed_step(model, trained, batch["input_ids"], batch["labels"])
+    return loss, [gradient.numpy() for gradient in gradients]
+
+
+def recomputed_step(
+    model: nn.Module, trained: list[Tensor], ids: Tensor, labels: Tensor
+) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of a PEFT model in its own dtype; labels [B, T] are not shifted yet.
+
+    Blocks are recomputed in the backward pass and the logits made a few rows at a time: in float64 all of
+    them together would not fit into memory.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     bloom = model.base_model.model
-    hidden = bloom.transformer(batch["input_ids"]).last_hidden_state
-    loss = row_chunks(hidden[0, :-1], bloom.lm_head.weight, batch["labels"][0, 1:])
+    hidden = bloom.transformer(ids).last_hidden_state
+    loss = row_chunks(hidden[:, :-1].flatten(0, 1), bloom.lm_head.weight, labels[:, 1:].flatten())
     loss.backward()
-    return loss.item(), [value.grad.numpy() for value in trained]
+    return loss.item(), [value.grad for value in trained]
 
 
 def gemms(shape: Shape, head: bool = True) -> list[tuple[str, int, int, int, int]]:

@@ -95,6 +95,14 @@ class _InPlace(torch.autograd.Function):
         return dx, None, None, da, db, None
 
 
+def in_place(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> Tensor:
+    """x [..., K] to [..., N] by `addmm_in_place`'s method, for a layer within a model."""
+    y = _InPlace.apply(x.flatten(0, -2), weight, bias, lora_a, lora_b, scale)
+    return y.unflatten(0, x.shape[:-1])
+
+
 def addmm_in_place(problem: Case) -> Layer:
     """The unfused fast path of LoRA libraries without their own GEMM; unsloth has this form, which
     is re-implemented here since the package itself runs on a GPU only."""

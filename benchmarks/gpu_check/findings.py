@@ -16,11 +16,13 @@ class Findings:
         figures: {result, error, bound} of each comparison with float64.
         notes: further facts for the reader, such as what "auto" chose.
         faults: one line for each thing that is wrong.
+        cases: timings by case, each in the form of a benchmark in pytest-benchmark's JSON.
     """
 
     figures: list[dict[str, str | float]] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    cases: dict[str, dict] = field(default_factory=dict)
 
     def compare(
         self,

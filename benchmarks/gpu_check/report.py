@@ -1,4 +1,4 @@
-"""correctness.json, rewritten after each item, and the same as lines of text."""
+"""What became of each item: a JSON file, rewritten after each of them, and lines of text."""
 
 import contextlib
 import importlib.metadata
@@ -14,22 +14,25 @@ from benchmarks.gpu_check.pool import ERROR, FAIL, NOT_RUN, PASS, Item, not_run
 from bloomft.files import write_atomically
 
 FILE = "correctness.json"
+_NOT_YET = "not yet"
 _WORDS = {PASS: "PASS", FAIL: "FAIL", ERROR: "ERROR", NOT_RUN: "NOT RUN"}
 
 
 class Report:
-    """The outcomes so far of a list of items, kept in folder/correctness.json."""
+    """The outcomes so far of a list of items, kept in a file of folder, which is rewritten after each."""
 
-    def __init__(self, folder: Path, items: Sequence[Item], about: dict[str, object]) -> None:
-        self._path, self._about = folder / FILE, about
-        self._outcomes = {item.name: not_run("not yet") for item in items}
+    def __init__(
+        self, folder: Path, items: Sequence[Item], about: dict[str, object], file: str = FILE
+    ) -> None:
+        self._path, self._about = folder / file, about
+        self._outcomes = {item.name: not_run(_NOT_YET) for item in items}
         self._write()
 
     def add(self, item: Item, outcome: dict) -> None:
         """Keep an item's outcome on disk, and print a line about it."""
         self._outcomes[item.name] = outcome
         self._write()
-        done = sum(one["detail"] != "not yet" for one in self._outcomes.values())
+        done = sum(one["detail"] != _NOT_YET for one in self._outcomes.values())
         print(f"[{done}/{len(self._outcomes)}] {self._line(item.name)}", flush=True)
 
     def print_all(self) -> None:
@@ -53,10 +56,15 @@ class Report:
             line += f"  at most {share_of_bound(worst):.2f} of the bound ({worst['result']})"
         return line
 
+    def _content(self) -> dict[str, object]:
+        items = [
+            {"item": name, **{key: value for key, value in outcome.items() if key != "cases"}}
+            for name, outcome in self._outcomes.items()
+        ]
+        return {**self._about, "items": items}
+
     def _write(self) -> None:
-        items = [{"item": name, **outcome} for name, outcome in self._outcomes.items()]
-        text = json.dumps({**self._about, "items": items}, indent=1)
-        write_atomically(self._path, f"{text}\n".encode())
+        write_atomically(self._path, f"{json.dumps(self._content(), indent=1)}\n".encode())
 
 
 def about(device: str, rehearsal: bool) -> dict[str, object]:
