@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks import interleave, report
+from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check.__main__ import check, main
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
@@ -28,9 +30,10 @@ from benchmarks.gpu_check.speed.sides import (
     remembered_rows,
 )
 from lorakernels import LoRALinear, linear_cross_entropy
-from tests.test_gpu_check import DEVICE, KERNELS, hanging, rehearse, right
+from tests.test_gpu_check import DEVICE, KERNELS, hanging, rehearse, right, wait_for
 
 ONLY = interleave.ONLY
+RUN = {"device": "cpu", "rehearsal": True, "workers": 1, "seconds": 300.0}
 ONES = torch.ones(4, dtype=torch.float64)
 
 
@@ -196,32 +199,53 @@ def test_a_cut_step_says_so(setting):
     assert "1 of 24 layers, " in findings.cases[name]["extra_info"]["title"]
 
 
-def test_a_run_that_is_cut_keeps_what_it_had_and_the_seconds_hold(tmp_path, capsys):
-    start = time.monotonic()
-    items = [item("quick", timed_item), item("hanging", hanging_item), item("waiting", timed_item)]
-    # the first needs some, to start a process and import torch
-    seconds = 60.0
-    status = check([], tmp_path, device="cpu", rehearsal=True, workers=1, seconds=seconds, timed=items)
-    assert time.monotonic() - start < seconds + 15
-    assert status == 1
+def test_a_run_that_is_cut_keeps_what_it_had(tmp_path):
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom tests import test_gpu_check_speed as t\n"
+        "timed = [t.item('quick', t.timed_item), t.item('hanging', t.hanging_item)]\n"
+        "t.check([], Path(sys.argv[1]), timed=timed, **t.RUN)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.DEVNULL)
+    path = tmp_path / "speed.json"
+    wait_for(lambda: path.exists() and stored(tmp_path)["benchmarks"])
+    process.kill()
+    process.wait()
     content = stored(tmp_path)
-    assert {one["item"]: one["status"] for one in content["items"]} == {
-        "quick": "pass", "hanging": "not run", "waiting": "not run",
-    }  # fmt: skip
-    assert [one["name"] for one in content["benchmarks"]] == ["case[1]"]
-    assert list(report.read_cases([tmp_path / "speed.json"])) == ["case[1]"]
-    assert capsys.readouterr().out.endswith("\n1 pass, 2 not run\n")
+    assert {one["item"]: one["status"] for one in content["items"]} == {"quick": "pass", "hanging": "not run"}
+    assert list(report.read_cases([path])) == ["case[1]"]
 
 
-def test_a_wrong_side_turns_the_command_red_and_halves_are_kept_apart(tmp_path):
-    run = {"device": "cpu", "rehearsal": True, "workers": 1, "seconds": 300.0}
-    assert check([Item("right", right)], tmp_path, timed=[item("quick", timed_item)], **run) == 0
-    assert [one["item"] for one in stored(tmp_path)["items"]] == ["quick"]
-    kept = json.loads((tmp_path / "correctness.json").read_text())
-    assert [one["item"] for one in kept["items"]] == ["right"]
-    assert check([], tmp_path, timed=[item("wrong", wrong_item)], **run) == 1
+def test_what_does_not_fit_into_the_seconds_is_listed(tmp_path, capsys):
+    start = time.monotonic()
+    timed, seconds = [item("hanging", hanging_item), item("waiting", timed_item)], 4.0
+    assert check([Item("checked", hanging)], tmp_path, timed=timed, **{**RUN, "seconds": seconds}) == 1
+    assert time.monotonic() - start < seconds + 15
+    assert {one["status"] for one in stored(tmp_path)["items"]} == {"not run"}
+    assert {one["status"] for one in stored(tmp_path)["compiled"].values()} == {"not run"}
+    assert capsys.readouterr().out.endswith("\n2 not run\n")
+
+
+def test_the_seconds_are_those_of_both_halves(tmp_path, monkeypatch):
+    calls = []
+
+    def run_items(items, setting, *, workers, seconds, report):
+        calls.append((len(items), workers, seconds))
+        time.sleep(0.2)
+
+    monkeypatch.setattr(command, "run_items", run_items)
+    timed = [item("quick", timed_item)]
+    check([Item("right", right)], tmp_path, timed=timed, **{**RUN, "workers": 3, "seconds": 70.0})
+    (beside, workers, first), (alone, worker, second) = calls
+    assert (beside, workers, first) == (2, 3, pytest.approx(40.0))
+    assert (alone, worker) == (1, 1)
+    assert second <= 69.8
+
+
+def test_a_wrong_side_turns_the_command_red(tmp_path):
+    assert check([Item("right", right)], tmp_path, timed=[item("wrong", wrong_item)], **RUN) == 1
     assert [one["status"] for one in stored(tmp_path)["items"]] == ["fail"]
-    assert json.loads((tmp_path / "correctness.json").read_text()) == kept
+    checked = json.loads((tmp_path / "correctness.json").read_text())
+    assert [(one["item"], one["status"]) for one in checked["items"]] == [("right", "pass")]
 
 
 def test_an_unknown_half_is_a_mistake_in_the_arguments(tmp_path, capsys):
