@@ -12,8 +12,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto tests
 
-# On a CUDA machine: every operator and the training job against float64, then every benchmark, kept under the
-# device's name.
+# On a CUDA machine: every operator and the training job against float64 and timed beside its rivals, then every
+# benchmark, kept under the device's name.
 gpu-check: $(VENV)/.installed-dev
 	$(BIN)/python -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "gpu-check needs a CUDA device")'
 	device=$$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))') && \

@@ -86,7 +86,7 @@ def read_cases(paths: Sequence[Path]) -> dict[str, dict]:
     """extra_info of every stored benchmark, with its group and date, by test id without its file."""
     cases = {}
     for path in paths:
-        # gpu_check's file, which may be in the same folder, has none
+        # gpu_check's correctness.json, which may be in the same folder, has none
         stored = json.loads(path.read_text(encoding="utf-8"))
         for one in stored.get("benchmarks", ()):
             if "phases" in one["extra_info"]:
@@ -164,6 +164,7 @@ def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
                 for rival, timing in rivals(whole(case)).items()
             )
             lines += ["", f"{unit} a second: {', '.join(rates)}"]
+        lines += _beside_the_times(case)
     if AOT_TABLE.exists():
         lines += [
             "",
@@ -176,6 +177,29 @@ def report(cases: dict[str, dict], pictures: Sequence[str]) -> str:
             "```",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _beside_the_times(case: dict) -> list[str]:
+    """What gpu_check also keeps of a case: the host's time, the GPU's state, what was left out, kernels."""
+    lines = []
+    if "host_ms" in case:
+        taken = case["host_ms"].get(interleave.WHOLE) or case["host_ms"][interleave.ONLY]
+        listed = ", ".join(f"{side} {milliseconds:.3f}" for side, milliseconds in taken.items())
+        lines += ["", f"Milliseconds until the host had launched it: {listed}"]
+    for when, state in case.get("gpu_state", {}).items():
+        if state:
+            listed = ", ".join(f"{name} {value}" for name, value in state.items())
+            lines += ["", f"The GPU {when}: {listed}"]
+    if case.get("left_out"):
+        lines += ["", "Left out:", "", *(f"- {side}: {reason}" for side, reason in case["left_out"].items())]
+    for side, kernels in case.get("kernels", {}).items():
+        lines += ["", f"{side}, by kernel:", ""]
+        lines += ["| kernel | calls | ms | share | rate, of a copy's |", "|---|---|---|---|---|"]
+        for row in kernels:
+            rate = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
+            name = row["kernel"].replace("|", "\\|")
+            lines.append(f"| `{name}` | {row['calls']} | {row['ms']:.4f} | {row['share']:.1%} | {rate} |")
+    return lines
 
 
 def with_figures(page: str, cases: dict[str, dict], pictures: Sequence[str], folder: Path) -> str:

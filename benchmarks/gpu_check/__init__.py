@@ -1,4 +1,5 @@
-"""Are the results on this GPU right? ``python -m benchmarks.gpu_check --out DIR [--seconds N] [--rehearse]``.
+"""Are the results on this GPU right, and how fast? ``python -m benchmarks.gpu_check --out DIR``.
 
-Every operator, kernel and the training job against float64, a list of items in processes side by side.
+Every operator, kernel and the training job against float64, a list of items in processes side by side; then
+every operator and the whole step beside their rivals, timed alone.
 """

@@ -57,9 +57,7 @@ def check(
         share = seconds * (SHARE_SIDE_BY_SIDE if timed else 1)
         run_items([*compiling, *items], setting, workers=workers, seconds=share, report=add)
         if speed_report is not None:
-            # a rehearsal's times are of no interest
-            alone = setting.pick(1, workers)
-            run_items(timed, setting, workers=alone, seconds=end - time.monotonic(), report=speed_report.add)
+            run_items(timed, setting, workers=1, seconds=end - time.monotonic(), report=speed_report.add)
     reports = [one for one in (report, speed_report) if one is not None]
     for one in reports:
         one.print_all()

@@ -25,11 +25,9 @@ Build = Callable[[BloomForCausalLM], nn.Module]
 
 
 def shape_of(setting: Setting, layers: int = 24) -> bloom_step.Shape:
-    """BLOOM-1b7's sizes, of a row of 2,048 tokens."""
+    """BLOOM-1b7's sizes, of a row of 2,048 tokens; one layer in a rehearsal."""
     full = bloom_step.Shape(layers, hidden_size=2048, heads=16, tokens=2048, dtype="bfloat16")
-    tiny = bloom_step.Shape(
-        min(layers, 2), hidden_size=64, heads=4, vocab_size=512, tokens=32, dtype="bfloat16"
-    )
+    tiny = bloom_step.Shape(1, hidden_size=64, heads=4, vocab_size=512, tokens=32, dtype="bfloat16")
     return setting.pick(full, tiny)
 
 
