@@ -1,6 +1,7 @@
 """The whole training step: BLOOM-1b7's shape, 4 x 2,048 tokens, with gradient clipping and AdamW."""
 
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -159,5 +160,8 @@ def kept_references(setting: Setting, base: BloomForCausalLM, ids: Tensor) -> li
             found.append(bloom_step.recomputed_step(model, adapters, ids, ids))
             del model, adapters
             free_memory()
-        torch.save(found, path)
+        # aside and renamed: another worker may ask at the same time
+        written = path.with_suffix(f".{os.getpid()}")
+        torch.save(found, written)
+        written.replace(path)
     return torch.load(path, map_location=setting.device)
