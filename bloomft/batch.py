@@ -4,9 +4,15 @@ input_ids int64; labels int64, the input ids unshifted, `IGNORE_INDEX` where the
 document_ids int32, which count 0, 1, 2... in a row and are `PADDING_ID` on its padding.
 """
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 PADDING_ID = -1  # padding is a separate document, which attends to no real token
 
 Batch = dict[str, Tensor]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """``batch`` on ``device``, without waiting for the copies."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

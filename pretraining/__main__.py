@@ -25,14 +25,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import ByteLevelBPETokenizer
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import BloomForCausalLM, PreTrainedTokenizerFast
 
 from bloomft.command_line import run_command
 from bloomft.data.documents import installed_readmes
 from bloomft.errors import UserError
 from bloomft.files import write_atomically
 from bloomft.model.patch import fuse_bloom, unfuse_bloom
+from bloomft.model.tiny_base import (
+    ModelRecipe,
+    muon_and_adamw,
+    new_model,
+    token_stream,
+    train_tokenizer,
+)
 from pretraining.corpus import README_REPEATS, collect
 
 PROBE = """# Sorting tools
@@ -54,24 +60,18 @@ file does not exist, a `FileNotFoundError` is raised.
 
     count = sort_file("data.txt", reverse=True)
 """  # of no source; recipe.json records the loss on it, which every machine can compute again
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # BLOOM's own, under BLOOM's own ids
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Size and training of the embedded base."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ModelRecipe):
+    """Size and training of the shipped base."""
 
-    vocab_size: int = 4096
     hidden_size: int = 256
     n_layer: int = 5
     n_head: int = 4
-    sequence_length: int = 256  # tokens
-    batch_size: int = 8  # rows
     lr: float = 6e-3
     warmup_steps: int = 100
     decay: float = 0.4  # the last part of the run, in which the learning rate falls linearly to 0
-    weight_decay: float = 0.1
-    seed: int = 0
 
 
 @dataclass
@@ -93,38 +93,14 @@ def prepare(recipe: Recipe, work: Path) -> Text:
         # By the text, so that repeated texts are all on one side.
         held_out = [text for text in corpus.texts if zlib.crc32(text.encode()) % 100 == 0]
         train = [text for text in corpus.texts if zlib.crc32(text.encode()) % 100 != 0]
-        bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(
-            train, vocab_size=recipe.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
-        )
-        unk, bos, eos, pad = SPECIAL_TOKENS
-        PreTrainedTokenizerFast(
-            tokenizer_object=bpe._tokenizer, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=pad
-        ).save_pretrained(work / "tokenizer")
-        end = bpe.token_to_id(eos)
+        tokenizer = train_tokenizer(train, recipe.vocab_size)
+        tokenizer.save_pretrained(work / "tokenizer")
         for name, texts in (("train", train), ("held_out", held_out), ("readmes", installed_readmes())):
-            ids = [id for encoding in bpe.encode_batch(texts) for id in [*encoding.ids, end]]
-            np.save(work / f"{name}.npy", np.array(ids, dtype=np.uint16))
+            np.save(work / f"{name}.npy", np.array(token_stream(tokenizer, texts), dtype=np.uint16))
         write_atomically(done, json.dumps(corpus.sources).encode())
     arrays = {name: np.load(work / f"{name}.npy") for name in ("train", "held_out", "readmes")}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     return Text(tokenizer=tokenizer, sources=json.loads(done.read_text()), **arrays)
-
-
-def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> BloomForCausalLM:
-    """A BLOOM with random weights, with the fused parts."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        config = BloomConfig(
-            vocab_size=recipe.vocab_size,
-            hidden_size=recipe.hidden_size,
-            n_layer=recipe.n_layer,
-            n_head=recipe.n_head,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return fuse_bloom(BloomForCausalLM(config))
 
 
 class Pretraining:
@@ -133,15 +109,7 @@ class Pretraining:
     def __init__(self, recipe: Recipe, text: Text, work: Path) -> None:
         self.recipe, self.text, self._file = recipe, text, work / "state.pt"
         self.model = new_model(recipe, text.tokenizer)
-        # Muon learns this much text about twice as fast as AdamW alone; it is made for hidden matrices only.
-        hidden = [p for p in self.model.transformer.h.parameters() if p.ndim == 2]
-        others = [p for p in self.model.parameters() if not any(p is matrix for matrix in hidden)]
-        self._optimizers = [
-            torch.optim.Muon(
-                hidden, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        ]
+        self._optimizers = muon_and_adamw(self.model, recipe)
         self.step = 0
         self.log: list[dict[str, float]] = []
         if self._file.is_file():

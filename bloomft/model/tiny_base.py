@@ -8,7 +8,7 @@ import ast
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,21 +25,31 @@ from bloomft.progress import say, waiting
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # BLOOM's own, under BLOOM's own ids
 
 
-@dataclass(frozen=True)
-class TinyRecipe:
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """Size and training of a small BLOOM."""
+
+    vocab_size: int = 4096
+    hidden_size: int
+    n_layer: int
+    n_head: int
+    sequence_length: int = 256  # tokens
+    batch_size: int = 8  # rows
+    lr: float
+    weight_decay: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyRecipe(ModelRecipe):
     """Size and training of the embedded base; part of its cache key."""
 
     version: int = 1
-    vocab_size: int = 4096
     hidden_size: int = 192
     n_layer: int = 4
     n_head: int = 6
-    sequence_length: int = 256  # tokens
-    batch_size: int = 8  # rows
-    steps: int = 110
     lr: float = 8e-3
-    weight_decay: float = 0.1
-    seed: int = 0
+    steps: int = 110
 
 
 def tiny_base_folder(recipe: TinyRecipe | None = None, *, cache_dir: Path | None = None) -> Path:
@@ -82,49 +92,68 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
             yield from _docstrings(child)
 
 
-def _pretrain(recipe: TinyRecipe, folder: Path) -> None:
-    corpus = list(standard_library_docstrings())
-    if not corpus:
-        raise UserError("this Python has no standard-library sources to pre-train a base on")
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer like BLOOM's, with `SPECIAL_TOKENS` first."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        corpus, vocab_size=recipe.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+        texts, vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
     )
     unk, bos, eos, pad = SPECIAL_TOKENS
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=pad
     )
-    stream = [id for encoding in bpe.encode_batch(corpus) for id in [*encoding.ids, tokenizer.eos_token_id]]
-    tokens = torch.tensor(stream[: len(stream) // recipe.sequence_length * recipe.sequence_length])
 
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[int]:
+    """The tokens of all texts, an end of text after each."""
+    encodings = tokenizer.backend_tokenizer.encode_batch(list(texts))
+    return [id for encoding in encodings for id in [*encoding.ids, tokenizer.eos_token_id]]
+
+
+def new_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerFast) -> BloomForCausalLM:
+    """A BLOOM of the recipe's size and seed with random weights and the fused parts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = BloomForCausalLM(
-            BloomConfig(
-                vocab_size=recipe.vocab_size,
-                hidden_size=recipe.hidden_size,
-                n_layer=recipe.n_layer,
-                n_head=recipe.n_head,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+        config = BloomConfig(
+            vocab_size=recipe.vocab_size,
+            hidden_size=recipe.hidden_size,
+            n_layer=recipe.n_layer,
+            n_head=recipe.n_head,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-        _fit(fuse_bloom(model), tokens.view(-1, recipe.sequence_length), recipe)
-    unfuse_bloom(model).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        return fuse_bloom(BloomForCausalLM(config))
 
 
-def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> None:
+def muon_and_adamw(model: BloomForCausalLM, recipe: ModelRecipe) -> list[torch.optim.Optimizer]:
+    """The optimizers of a pre-training: Muon for the hidden matrices and AdamW for the rest."""
     # Muon learns this much text about twice as fast as AdamW alone; it is meant for hidden matrices only.
     hidden = [p for p in model.transformer.h.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in hidden)]
-    optimizers = [
+    return [
         torch.optim.Muon(
             hidden, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
+
+
+def _pretrain(recipe: TinyRecipe, folder: Path) -> None:
+    corpus = list(standard_library_docstrings())
+    if not corpus:
+        raise UserError("this Python has no standard-library sources to pre-train a base on")
+    tokenizer = train_tokenizer(corpus, recipe.vocab_size)
+    stream = token_stream(tokenizer, corpus)
+    tokens = torch.tensor(stream[: len(stream) // recipe.sequence_length * recipe.sequence_length])
+    model = new_model(recipe, tokenizer)
+    _fit(model, tokens.view(-1, recipe.sequence_length), recipe)
+    unfuse_bloom(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _fit(model: BloomForCausalLM, rows: torch.Tensor, recipe: TinyRecipe) -> None:
+    optimizers = muon_and_adamw(model, recipe)
     warmup = max(1, recipe.steps // 20)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(

@@ -3,7 +3,7 @@
 import torch
 from transformers import BloomForCausalLM
 
-from bloomft.batch import IGNORE_INDEX
+from bloomft.batch import IGNORE_INDEX, to_device
 from bloomft.data.rows import PackedDataset
 from bloomft.progress import waiting
 
@@ -26,7 +26,7 @@ def evaluate(
     with waiting("held-out row", len(rows.eval_rows(max_batches))) as wait:
         for batch in rows.eval_batches(batch_size, max_batches):
             labels += int((batch["labels"] != IGNORE_INDEX).sum())
-            tensors = {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}
+            tensors = to_device(batch, model.device)
             total += model(**tensors, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
             wait.advance(len(batch["labels"]))
     model.train(was_training)

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM
 
 from bloomft.accounting import BatchCounts, GemmLimit, StepCost
-from bloomft.batch import Batch
+from bloomft.batch import Batch, to_device
 from bloomft.config.keys import OptimConfig
 from bloomft.model.patch import adapted_layers, adapter_state, load_adapter_state
 from bloomft.process import precision_of
@@ -109,8 +109,7 @@ class RunState:
 
         ``labels`` counts those of the whole step: its loss and gradients do not depend on how it is cut.
         """
-        tensors = {name: tensor.to(self.model.device, non_blocking=True) for name, tensor in batch.items()}
-        loss = self.model(**tensors, num_items_in_batch=labels).loss
+        loss = self.model(**to_device(batch, self.model.device), num_items_in_batch=labels).loss
         self.scaler.scale(loss).backward()
         self.window.loss += loss.detach() * labels
 
