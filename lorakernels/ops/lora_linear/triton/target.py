@@ -1,0 +1,31 @@
+"""What kernels depend on besides their tensors: the device's kind, and how torch is told to multiply."""
+
+import torch
+import triton
+from torch import Tensor
+
+
+def precision(x: Tensor) -> str:
+    """How tl.dot treats float32 operands: as torch's own matrix products are told to."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and _target(x) == ("cuda", 32) else "ieee"
+
+
+def thin_warps(x: Tensor, num_warps: int) -> int:
+    """Warps of a thin kernel: 256 threads at most, which is four of AMD's warps."""
+    return min(num_warps, 256 // _target(x)[1])
+
+
+def _target(x: Tensor) -> tuple[str, int]:
+    """Backend and lanes of a warp where x is; the interpreter has neither."""
+    if x.device.type == "cpu":
+        return "interpreter", 32
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.warp_size
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; the interpreter is given a few, so that each has several tiles."""
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

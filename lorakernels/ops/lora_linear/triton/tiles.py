@@ -1,0 +1,99 @@
+"""Which GEMM serves which chip and which tensors: the families, their tiles, and one table of both."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+
+class Family(StrEnum):
+    """How the product with the frozen weight and the update is made."""
+
+    TMA = "tma"  # one persistent kernel, operands by the tensor memory accelerator
+    POINTER = "pointer"  # one kernel, operands by pointers and masks
+    VENDOR = "vendor"  # the vendor's GEMM, to which the update is added in place
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes, warps and pipeline stages of a GEMM kernel."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}w{self.num_warps}s{self.num_stages}"
+
+    def shared_bytes(self, element_size: int) -> int:
+        """Shared memory that the operands of all stages take."""
+        return (self.block_m + self.block_n) * self.block_k * self.num_stages * element_size
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A family and its tile; the vendor's has none of ours."""
+
+    family: Family
+    tile: Tile | None = None
+
+    def __str__(self) -> str:
+        if self.family is Family.POINTER:
+            return str(self.tile)
+        return str(self.family) if self.tile is None else f"{self.family}-{self.tile}"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the choice of a GEMM depends on: CUDA's major version, 0 for others, and shared memory in bytes."""
+
+    major: int
+    shared_limit: int
+
+
+VENDOR = Gemm(Family.VENDOR)
+# By bytes of an element. With dropout, registers must be left for the mask beside the sums; the last pointer
+# tile fits every chip.
+TMA_TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4))
+TMA_DROPOUT_TILES = (Tile(128, 128, 64, 8, 4),)
+POINTER_TILES = {
+    2: (
+        Tile(128, 256, 64, 8, 3),
+        Tile(256, 128, 64, 8, 3),
+        Tile(128, 256, 32, 8, 4),
+        Tile(128, 128, 64, 8, 3),
+        Tile(64, 128, 64, 4, 3),
+        Tile(128, 128, 32, 4, 4),
+    ),
+    4: (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
+}
+POINTER_DROPOUT_TILES = {
+    2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 8, 4)),
+    4: (Tile(64, 64, 32, 4, 2),),
+}
+
+
+def shipped_gemms(dtype: torch.dtype, chip: Chip, *, aligned: bool, masked: bool) -> tuple[Gemm, ...]:
+    """What is offered for operands of dtype on a chip.
+
+        chip              rows of 16 bits, aligned      others
+        CUDA from 9.0 on  TMA, vendor                   pointer, vendor
+        others            pointer, vendor               pointer, vendor
+
+    aligned: rows of x, of weight, in the order in which it is stored, and of the result begin at multiples of
+    16 bytes. masked: the update is that of dx under dropout, which the vendor's GEMM cannot mask.
+    """
+    size = dtype.itemsize
+    if size == 2 and chip.major >= 9 and aligned:
+        tiles, family = TMA_DROPOUT_TILES if masked else TMA_TILES, Family.TMA
+    else:
+        tiles, family = (POINTER_DROPOUT_TILES if masked else POINTER_TILES)[size], Family.POINTER
+    fitting = tuple(Gemm(family, tile) for tile in tiles if tile.shared_bytes(size) <= chip.shared_limit)
+    return fitting if masked else (VENDOR, *fitting)
+
+
+def default_gemm(dtype: torch.dtype) -> Gemm:
+    """The one where nothing was measured: its tile fits every chip and every tensor."""
+    return Gemm(Family.POINTER, POINTER_TILES[dtype.itemsize][-1])
