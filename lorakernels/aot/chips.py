@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
+from lorakernels.ops.lora_linear.triton.tiles import Chip as Traits
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -15,7 +17,8 @@ class Chip:
     # shared memory one block may use, and all blocks of one multiprocessor (compute unit) together
     shared_limit: int
     shared_per_sm: int
-    # threads that one multiprocessor holds
+    # multiprocessors, and threads that one holds
+    multiprocessors: int
     threads: int
     # matrix rate in 16 bits with float32 accumulation, FLOP/s; memory rate, bytes/s
     peak_flops: float
@@ -25,6 +28,11 @@ class Chip:
     def nvidia(self) -> bool:
         """Whether the target is CUDA's."""
         return self.target.backend == "cuda"
+
+    @property
+    def traits(self) -> Traits:
+        """What the choice of a GEMM depends on."""
+        return Traits(self.target.arch // 10 if self.nvidia else 0, self.shared_limit)
 
     def blocks_per_sm(self, registers: int, shared: int, threads: int) -> int:
         """Blocks that fit on one multiprocessor, by registers, shared memory and threads."""
@@ -41,25 +49,29 @@ class Chip:
 KIB = 1024
 
 
-def _cuda(arch: int, part: str, limit: int, per_sm: int, threads: int, flops: float, rate: float) -> Chip:
+def _cuda(
+    arch: int, part: str, limit: int, per_sm: int, multiprocessors: int, threads: int, flops: float, rate: float
+) -> Chip:
     target = GPUTarget("cuda", arch, 32)
-    return Chip(f"sm_{arch}", target, part, limit * KIB, per_sm * KIB, threads, flops * 1e12, rate * 1e12)
+    return Chip(
+        f"sm_{arch}", target, part, limit * KIB, per_sm * KIB, multiprocessors, threads, flops * 1e12, rate * 1e12
+    )
 
 
-def _hip(arch: str, part: str, limit: int, flops: float, rate: float) -> Chip:
-    target = GPUTarget("hip", arch, 64)
-    return Chip(arch, target, part, limit * KIB, limit * KIB, 2048, flops * 1e12, rate * 1e12)
+def _hip(arch: str, part: str, limit: int, multiprocessors: int, flops: float, rate: float) -> Chip:
+    target, shared = GPUTarget("hip", arch, 64), limit * KIB
+    return Chip(arch, target, part, shared, shared, multiprocessors, 2048, flops * 1e12, rate * 1e12)
 
 
 CHIPS = {
     chip.arch: chip
     for chip in (
-        _cuda(80, "A100 80GB SXM", 163, 164, 2048, 312, 2.04),
-        _cuda(89, "GeForce RTX 4090", 99, 100, 1536, 165, 1.01),
-        _cuda(90, "H100 SXM", 227, 228, 2048, 989, 3.35),
-        _cuda(100, "B200", 227, 228, 2048, 2250, 8.0),
-        _cuda(120, "GeForce RTX 5090", 99, 100, 1536, 210, 1.79),
-        _hip("gfx942", "Instinct MI300X", 64, 1307, 5.3),
-        _hip("gfx950", "Instinct MI355X", 160, 2500, 8.0),
+        _cuda(80, "A100 80GB SXM", 163, 164, 108, 2048, 312, 2.04),
+        _cuda(89, "GeForce RTX 4090", 99, 100, 128, 1536, 165, 1.01),
+        _cuda(90, "H100 SXM", 227, 228, 132, 2048, 989, 3.35),
+        _cuda(100, "B200", 227, 228, 148, 2048, 2250, 8.0),
+        _cuda(120, "GeForce RTX 5090", 99, 100, 170, 1536, 210, 1.79),
+        _hip("gfx942", "Instinct MI300X", 64, 304, 1307, 5.3),
+        _hip("gfx950", "Instinct MI355X", 160, 256, 2500, 8.0),
     )
 }

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lorakernels import linear_cross_entropy, lora_linear
 from lorakernels.aot.chips import Chip
-from lorakernels.ops.lora_linear.kernels import PACKED_LEFT, PACKED_RIGHT
-from lorakernels.ops.lora_linear.triton import shipped_tiles
+from lorakernels.ops.lora_linear.implementations import is_aligned
+from lorakernels.ops.lora_linear.triton.tiles import shipped_gemms
 from lorakernels.trace.calls import KernelCall
 from lorakernels.trace.cases import forward_and_backward
 from lorakernels.trace.pretend import trace_case
@@ -38,12 +38,13 @@ SIZES = {"": (8192, 6144, 2048), RAGGED: (8191, 6144, 2048), ODD: (8191, 6141, 2
 # and rows, width and vocabulary of the loss
 LOSS_SIZES = {"": (8192, 1024, 250_880), RAGGED: (8191, 1024, 250_881)}
 
-PRODUCT = "lora_linear_forward_kernel"
+GEMMS = ("lora_linear_tma_kernel", "lora_linear_gemm_kernel")
 _ROLES = {
+    "lora_linear_pack_kernel": "pack",
     "lora_linear_shrink_kernel": "shrink",
     "lora_linear_reduce_kernel": "reduce",
     "lora_linear_backward_kernel": "adapter_grad dS dB",
-    "lora_linear_backward_a_kernel": "adapter_grad dA",
+    "lora_linear_sum_kernel": "adapter_grad dA",
     "linear_cross_entropy_forward_kernel": "cross entropy forward",
     "linear_cross_entropy_backward_kernel": "cross entropy weight gradient",
 }
@@ -114,28 +115,30 @@ def launches(chip: Chip, dtype: str) -> list[Launch]:
 
 def _layers(chip: Chip, dtype: str) -> Iterator[Launch]:
     for shape, by_columns, dropout_p in itertools.product(SIZES, (False, True), (0.0, DROPOUT)):
-        tiles = shipped_tiles(DTYPES[dtype][0], chip.shared_limit, dropout_p > 0)
-        for tile, rank in itertools.product(tiles, RANKS):
+        operands, (_, n, k) = DTYPES[dtype][0], SIZES[shape]
+        gemms = shipped_gemms(
+            operands, chip.traits, aligned=is_aligned(operands, n, k), masked=dropout_p > 0
+        )
+        for gemm, rank in itertools.product(gemms, RANKS):
             # of ragged rows the largest tile and rank stand for all: they are the first to spill
-            largest = tile == tiles[0] and rank == RANKS[-1]
+            largest = gemm.tile == max((one.tile for one in gemms if one.tile), key=str) and rank == RANKS[-1]
             rare = by_columns or shape == ODD or (shape == RAGGED and not largest)
             layer = _Layer(dtype, SIZES[shape], rank, dropout_p, by_columns)
-            for direction, call in _calls(chip, f"triton:{tile}", layer):
+            for direction, call in _calls(chip, f"triton:{gemm}", layer):
                 role = _role(call, direction, by_columns) + shape
-                yield Launch(role, str(tile) if call.name == PRODUCT else f"rank {rank}", call, rare)
+                yield Launch(role, str(gemm) if call.name in GEMMS else f"rank {rank}", call, rare)
 
 
 def _role(call: KernelCall, direction: str, by_columns: bool) -> str:
     """What the layer calls a kernel for."""
     arguments = dict(call.arguments)
     role = _ROLES.get(call.name) or ("forward" if direction == "forward" else "dx")
-    if call.name == "lora_linear_reduce_kernel":
-        packed = {PACKED_LEFT.value: "reduce and pack", PACKED_RIGHT.value: "pack"}
-        role = packed.get(arguments["LAYOUT"], role)
+    if call.name == "lora_linear_reduce_kernel" and arguments["PACKED"]:
+        role = "reduce and pack"
     if arguments.get("DROPOUT"):
         role += " with dropout"
     # the others do not see the weight
-    return f"{role}, weight by columns" if by_columns and (call.name == PRODUCT or role == "pack") else role
+    return f"{role}, weight by columns" if by_columns and (call.name in GEMMS or role == "pack") else role
 
 
 def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 # what CUDA's and HIP's allocators align to at least, and more than Triton asks for
@@ -36,6 +37,19 @@ class Pointer:
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """A tensor descriptor as Triton's specialisation sees it: the dtype, and the block that is loaded."""
+
+    dtype: torch.dtype
+    block: tuple[int, ...]
+
+    def described(self) -> TensorDescriptor:
+        """A descriptor with these, of no memory."""
+        memory = Pointer(self.dtype, 0, 0)
+        return TensorDescriptor(memory, list(self.block), [self.block[1], 1], list(self.block))
+
+
+@dataclass(frozen=True)
 class KernelCall:
     """A call of the kernel that `module` calls `name`; arguments, constants and options by name."""
 
@@ -53,10 +67,15 @@ class KernelCall:
     def run(self) -> None:
         """Compile the kernel for Triton's active driver and launch it there."""
         kernel = getattr(importlib.import_module(self.module), self.name)
-        kernel.run(grid=self.grid, warmup=False, **dict(self.arguments))
+        arguments = {
+            name: value.described() if isinstance(value, Descriptor) else value for name, value in self.arguments
+        }
+        kernel.run(grid=self.grid, warmup=False, **arguments)
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, TensorDescriptor):
+        return Descriptor(value.base.dtype, tuple(value.block_shape))
     if not isinstance(value, Tensor):
         return value
     address = int(value.storage_offset()) * value.element_size() % ALIGNMENT

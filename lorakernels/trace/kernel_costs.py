@@ -1,18 +1,19 @@
 """Bytes and FLOPs of one launch of a Triton kernel: what each kernel reads, writes and multiplies.
 
-A program of a thin kernel handles a block of ranks: x or dy is read once for every such block, the third
-dimension of the grid. FLOPs count the parts into which a float32 factor is split beside 16 bits.
+A program of a thin kernel handles a block of ranks: x or dy is read once for every such block. FLOPs count the
+parts into which a float32 factor is split beside 16 bits. What programs read again out of the cache is not
+counted.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorakernels.trace.record import Launch, described, footprint, is_wide
-
-PARTS = 3  # of a split factor
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,17 @@ class _Call:
         return self.arguments[name]
 
     def bytes(self, *names: str) -> int:
-        """Of the tensors with these names (without _ptr), together."""
-        return sum(footprint(self.arguments[f"{name}_ptr"]) for name in names)
+        """Of the tensors with these names (without _ptr or _desc), together."""
+        return sum(footprint(_tensor(self.arguments, name)) for name in names)
+
+    def parts(self, name: str, rows: str, low: str) -> int:
+        """Bytes of the parts of a factor that a thin kernel reads: high, and low where there is one."""
+        columns = self["BLOCK_R"] * (2 if self[low] else 1)
+        return self[rows] * columns * _tensor(self.arguments, name).element_size()
 
     def products(self, *sizes: int) -> int:
-        """FLOPs of a product of these sizes with one program's ranks, for all programs."""
-        flops = 2 * self["BLOCK_R"] * self.grid[2]
+        """FLOPs of a product of these sizes with one block of ranks."""
+        flops = 2 * self["BLOCK_R"]
         for size in sizes:
             flops *= size
         return flops
@@ -40,34 +46,50 @@ class _Call:
 _Cost = tuple[int, int, int]  # bytes read, bytes written, FLOPs
 
 
+def _tensor(arguments: dict[str, Any], name: str) -> Tensor:
+    """The tensor, or what a descriptor describes, with that name (without _ptr or _desc)."""
+    if f"{name}_ptr" in arguments:
+        return arguments[f"{name}_ptr"]
+    described_one = arguments[f"{name}_desc"]
+    return torch.empty_strided(
+        described_one.shape, described_one.strides, dtype=described_one.base.dtype, device="meta"
+    )
+
+
+def _pack(call: _Call) -> _Cost:
+    # a factor that is not packed has no rows
+    given = [name for name, rows in (("a", "K"), ("b", "N"), ("s", "M")) if call[rows]]
+    return call.bytes(*given), call.bytes(*(f"{name}_parts" for name in given)), 0
+
+
 def _shrink(call: _Call) -> _Cost:
-    parts = PARTS if call["SPLIT"] else 1
-    read = call.bytes("x") * call.grid[2] + call.bytes("factor")
-    return read, call.bytes("partial"), parts * call.products(call["M"], call["K"])
+    blocks = call.grid[1]
+    read = blocks * (call.bytes("x") + call.parts("factor", "K", "LOW"))
+    written = call.bytes("left") + (call.bytes("s") if call["WIDE"] else 0)
+    return read, written, (2 if call["LOW"] else 1) * blocks * call.products(call["M"], call["K"])
 
 
 def _reduce(call: _Call) -> _Cost:
-    written = call.bytes("wide") if call["WIDE"] else 0
-    # 0: nothing is packed
-    written += call.bytes("packed") if call["LAYOUT"] else 0
-    return call.bytes("partial"), written, 0
+    return call.bytes("partial"), call.bytes("out"), 0
 
 
 def _product(call: _Call) -> _Cost:
-    read = call.bytes("x", "weight", "left", "right") + (call.bytes("bias") if call["BIAS"] else 0)
+    update = (call["M"] + call["N"]) * call["R"] * _tensor(call.arguments, "left").element_size()
+    read = call.bytes("x", "weight") + update + (call.bytes("bias") if call["BIAS"] else 0)
     return read, call.bytes("y"), 2 * call["M"] * call["N"] * (call["K"] + call["R"])
 
 
 def _one_pass(call: _Call) -> _Cost:
-    parts = sum(PARTS if call[name] else 1 for name in ("SPLIT_FACTOR", "SPLIT_S"))
-    read = call.bytes("dy") * call.grid[2] + call.bytes("factor", "s")
+    parts = sum(2 if call[name] else 1 for name in ("B_LOW", "S_LOW"))
+    read = call.bytes("dy") + call.parts("b", "N", "B_LOW") + call.parts("s", "M", "S_LOW")
     return read, call.bytes("ds_partial", "db_partial"), parts * call.products(call["M"], call["N"])
 
 
-def _sum_over_rows(call: _Call) -> _Cost:
-    parts = PARTS if call["SPLIT"] else 1
-    read = call.bytes("x") * call.grid[2] + call.bytes("ds")
-    return read, call.bytes("partial"), parts * call.products(call["M"], call["K"])
+def _sum(call: _Call) -> _Cost:
+    blocks = call.grid[2]
+    read = blocks * (call.bytes("x") + call.parts("factor", "M", "LOW"))
+    flops = (2 if call["LOW"] else 1) * blocks * call.products(call["M"], call["K"])
+    return read, call.bytes("partial"), flops
 
 
 def _softmax(call: _Call) -> _Cost:
@@ -83,11 +105,13 @@ def _softmax_again(call: _Call) -> _Cost:
 
 
 COSTS: dict[str, Callable[[_Call], _Cost]] = {
+    "lora_linear_pack_kernel": _pack,
     "lora_linear_shrink_kernel": _shrink,
     "lora_linear_reduce_kernel": _reduce,
-    "lora_linear_forward_kernel": _product,
+    "lora_linear_gemm_kernel": _product,
+    "lora_linear_tma_kernel": _product,
     "lora_linear_backward_kernel": _one_pass,
-    "lora_linear_backward_a_kernel": _sum_over_rows,
+    "lora_linear_sum_kernel": _sum,
     "linear_cross_entropy_forward_kernel": _softmax,
     "linear_cross_entropy_backward_kernel": _softmax_again,
 }
@@ -98,7 +122,9 @@ def launch_of(kernel: str, arguments: dict[str, Any], grid: tuple[int, int, int]
     if kernel not in COSTS:
         raise KeyError(f"{kernel}: lorakernels/trace/kernel_costs.py does not say what it reads and writes")
     read, written, flops = COSTS[kernel](_Call(arguments, grid))
-    tensors = {name: one for name, one in arguments.items() if isinstance(one, Tensor)}
-    listed = ", ".join(f"{name.removesuffix('_ptr')} {described(one)}" for name, one in tensors.items())
+    names = [name for name, one in arguments.items() if isinstance(one, (Tensor, TensorDescriptor))]
+    names = [name.removesuffix("_ptr").removesuffix("_desc") for name in names]
+    tensors = {name: _tensor(arguments, name) for name in names}
+    listed = ", ".join(f"{name} {described(one)}" for name, one in tensors.items())
     wide = is_wide(next(iter(tensors.values())).dtype)
     return Launch("triton", kernel, f"grid {list(grid)}, {listed}", read, written, flops, wide)

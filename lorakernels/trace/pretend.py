@@ -52,7 +52,12 @@ def cuda_without_gpu(trace: Trace, chip: Chip) -> Iterator[None]:
     """Inside, "cuda" means tensors without data, and trace counts what happens to them."""
     truth = _Truth()
     # what implementations ask of a device
-    properties = SimpleNamespace(name=chip.part, shared_memory_per_block_optin=chip.shared_limit)
+    properties = SimpleNamespace(
+        name=chip.part,
+        major=chip.traits.major,
+        shared_memory_per_block_optin=chip.shared_limit,
+        multi_processor_count=chip.multiprocessors,
+    )
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (torch.cuda, "_lazy_init", lambda: None),

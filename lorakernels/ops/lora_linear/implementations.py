@@ -14,7 +14,7 @@ from lorakernels.ops.lora_linear import aten, check, onednn, reference
 from lorakernels.ops.lora_linear.problem import Problem
 
 if TYPE_CHECKING:
-    from lorakernels.ops.lora_linear.triton import Tile
+    from lorakernels.ops.lora_linear.triton.tiles import Gemm
 
 # One sum may cancel to nothing, and no rule holds for it: a check has at least so many of S and dS.
 CHECKED_SUMS = 16
@@ -26,24 +26,33 @@ ATEN_WIDE = Implementation("aten-wide", aten.forward_wide, aten.backward_wide)
 ONEDNN = Implementation("onednn", onednn.forward, onednn.backward)
 
 
-def candidates(x: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
+def candidates(x: Tensor, weight: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
     """What may compute a problem on x's device under backend="auto", the baseline first."""
     if not x.is_cuda:
         return (ATEN, ATEN_WIDE) if x.dtype.itemsize == 2 else (ATEN, *_onednn(x))
     usable = x.dtype != torch.float64 and has_triton()
-    return (ATEN, *triton_implementations(x, dropout_p)) if usable else (ATEN,)
+    return (ATEN, *triton_implementations(x, weight, dropout_p > 0)) if usable else (ATEN,)
 
 
-def triton_implementations(x: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
-    """The Triton implementation in every shipped tile that fits x's device."""
+def triton_implementations(x: Tensor, weight: Tensor, masked: bool) -> tuple[Implementation, ...]:
+    """The Triton implementation with every GEMM that is offered for x and weight on their device."""
     # imported here: a CPU user need not have Triton
-    from lorakernels.ops.lora_linear import triton
+    from lorakernels.ops.lora_linear.triton.tiles import Chip, default_gemm, shipped_gemms
 
     if x.device.type == "cpu":
-        return (_in_tile(triton.default_tile(x.dtype)),)
+        return (_with_gemm(default_gemm(x.dtype)),)
     properties = torch.cuda.get_device_properties(x.device)
-    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
-    return tuple(_in_tile(tile) for tile in triton.shipped_tiles(x.dtype, limit, dropout_p > 0))
+    chip = Chip(
+        0 if torch.version.hip else properties.major,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
+    )
+    aligned = is_aligned(x.dtype, *weight.shape)
+    return tuple(map(_with_gemm, shipped_gemms(x.dtype, chip, aligned=aligned, masked=masked)))
+
+
+def is_aligned(dtype: torch.dtype, n: int, k: int) -> bool:
+    """Whether rows of N and of K elements, one after the other, begin at multiples of 16 bytes."""
+    return not (n * dtype.itemsize % 16 or k * dtype.itemsize % 16)
 
 
 def select(problem: Problem, backend: str) -> Implementation:
@@ -60,7 +69,7 @@ def select(problem: Problem, backend: str) -> Implementation:
     if x.numel() == 0 or weight.numel() == 0:
         return ATEN if backend != "reference" else REFERENCE
     forced = backend != "auto"
-    chosen = _named(x, dropout_p, backend) if forced else candidates(x, dropout_p)
+    chosen = _named(x, weight, dropout_p, backend) if forced else candidates(x, weight, dropout_p)
     # a small product on a CPU is over long before a check of it would be
     if x.is_cpu and not cpu_gemm.is_large(rows, weight):
         return chosen[0]
@@ -141,14 +150,18 @@ class _Trial:
 
 
 @functools.cache
-def _in_tile(tile: "Tile") -> Implementation:
+def _with_gemm(gemm: "Gemm") -> Implementation:
     from lorakernels.ops.lora_linear import triton
+    from lorakernels.ops.lora_linear.triton.tiles import Family
 
-    forward = functools.partial(triton.forward, tile=tile)
-    return Implementation(f"triton:{tile}", forward, functools.partial(triton.backward, tile=tile))
+    forward = functools.partial(triton.forward, gemm=gemm)
+    # the vendor's product is rounded before the update is added to it
+    roundings = 2 if gemm.family is Family.VENDOR else 1
+    backward = functools.partial(triton.backward, gemm=gemm)
+    return Implementation(f"triton:{gemm}", forward, backward, roundings=roundings)
 
 
-def _named(x: Tensor, dropout_p: float, backend: str) -> tuple[Implementation, ...]:
+def _named(x: Tensor, weight: Tensor, dropout_p: float, backend: str) -> tuple[Implementation, ...]:
     """The implementations of that name, or of that name before the colon."""
     family = backend.split(":")[0]
     if family == "triton":
@@ -156,7 +169,7 @@ def _named(x: Tensor, dropout_p: float, backend: str) -> tuple[Implementation, .
             raise ValueError("backend: 'triton' computes in at most float32, got x in float64")
         if x.device.type == "cpu" and not _interpreting():
             raise ValueError("backend: 'triton' on CPU tensors needs TRITON_INTERPRET=1 and Triton installed")
-        offered = triton_implementations(x, dropout_p)
+        offered = triton_implementations(x, weight, dropout_p > 0)
     else:
         offered = (REFERENCE, ATEN, ATEN_WIDE, *_onednn(x))
     named = tuple(one for one in offered if backend in (one.name, one.name.split(":")[0]))

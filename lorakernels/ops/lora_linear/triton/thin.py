@@ -7,7 +7,7 @@
 They are bound by the memory that x or dy is read from; a factor comes in the parts of `parts`. Sums are float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -36,15 +36,15 @@ SHRINK_TILES = {
     (2, 64): ThinTile(64, 128, 8, 3),
     (4, 16): ThinTile(32, 64, 4, 3),
     (4, 32): ThinTile(32, 64, 4, 3),
-    (4, 64): ThinTile(32, 32, 4, 3),
+    (4, 64): ThinTile(32, 32, 8, 3),
 }
 PASS_TILES = {2: ThinTile(64, 256, 8, 3), 4: ThinTile(32, 64, 8, 2)}
 SUM_TILES = {
-    (2, 16): ThinTile(64, 128, 4, 4),
-    (2, 32): ThinTile(64, 128, 4, 3),
-    (2, 64): ThinTile(64, 128, 4, 3),
-    (4, 16): ThinTile(32, 64, 4, 3),
-    (4, 32): ThinTile(32, 64, 4, 3),
+    (2, 16): ThinTile(64, 128, 8, 4),
+    (2, 32): ThinTile(64, 128, 8, 3),
+    (2, 64): ThinTile(32, 128, 8, 4),
+    (4, 16): ThinTile(32, 64, 8, 3),
+    (4, 32): ThinTile(32, 64, 8, 3),
     (4, 64): ThinTile(32, 64, 8, 2),
 }
 # Fewer rows than this make too few programs of a shrink: they take blocks of 16.
@@ -275,7 +275,7 @@ def shrink(
 ) -> tuple[Tensor | None, Parts]:
     """scale·drop(x)·factor for x [M, K] and factor [K, r]: [M, r] in float32 where wide, and its parts."""
     m, k = x.shape
-    tile = SHRINK_TILES[x.element_size(), layout.block]
+    tile = _narrowed(SHRINK_TILES[x.element_size(), layout.block], x, dropout_p)
     block_m = tile.rows if m > FEW_ROWS else 16
     s = torch.empty(m, layout.rank, dtype=torch.float32, device=x.device) if wide else None
     left = layout.left(m, x)
@@ -295,7 +295,7 @@ def shrink(
 def both_thin_gradients(layout: Layout, dy: Tensor, b: Parts, s: Parts) -> tuple[Tensor, Tensor]:
     """Partial sums of dy·B [N blocks, M, ranks] and of dyᵀ·S [splits, N, ranks], in one pass over dy [M, N]."""
     m, n = dy.shape
-    tile = PASS_TILES[dy.element_size()]
+    tile = _narrowed(PASS_TILES[dy.element_size()], dy, 0.0)
     blocks = triton.cdiv(n, tile.columns)
     splits, length = _split(m, tile.rows, PASS_PROGRAMS // blocks)
     ranks = layout.partial_ranks
@@ -315,7 +315,7 @@ def both_thin_gradients(layout: Layout, dy: Tensor, b: Parts, s: Parts) -> tuple
 def sum_over_rows(layout: Layout, x: Tensor, factor: Parts, dropout_p: float, seed: Tensor) -> Tensor:
     """Partial sums [splits, K, ranks] of drop(x)ᵀ·factor for x [M, K] and a left factor [M, r]."""
     m, k = x.shape
-    tile = SUM_TILES[x.element_size(), layout.block]
+    tile = _narrowed(SUM_TILES[x.element_size(), layout.block], x, dropout_p)
     blocks, rank_blocks = triton.cdiv(k, tile.columns), layout.width // layout.block
     splits, length = _split(m, tile.rows, SUM_PROGRAMS[layout.block] // (blocks * rank_blocks))
     partial = torch.empty(splits, k, layout.partial_ranks, dtype=torch.float32, device=x.device)
@@ -329,6 +329,12 @@ def sum_over_rows(layout: Layout, x: Tensor, factor: Parts, dropout_p: float, se
         PRECISION=precision(x), num_warps=thin_warps(x, tile.num_warps), num_stages=tile.num_stages,
     )  # fmt: skip
     return partial
+
+
+def _narrowed(tile: ThinTile, x: Tensor, dropout_p: float) -> ThinTile:
+    """tile with half the columns for the mask's registers, and for those of each element's own address."""
+    unaligned = x.stride(0) * x.element_size() % 16 != 0
+    return replace(tile, columns=tile.columns >> (unaligned + (dropout_p > 0)))
 
 
 def _split(length: int, block: int, parts: int) -> tuple[int, int]:

@@ -54,10 +54,10 @@ class Chip:
 
 
 VENDOR = Gemm(Family.VENDOR)
-# By bytes of an element. With dropout, registers must be left for the mask beside the sums; the last pointer
-# tile fits every chip.
 TMA_TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4))
-TMA_DROPOUT_TILES = (Tile(128, 128, 64, 8, 4),)
+# Under a mask, registers must be left for it beside the sums.
+MASKED_TMA_TILES = (Tile(128, 128, 64, 8, 4),)
+# By bytes of an element; the last of each fits every chip.
 POINTER_TILES = {
     2: (
         Tile(128, 256, 64, 8, 3),
@@ -65,12 +65,17 @@ POINTER_TILES = {
         Tile(128, 256, 32, 8, 4),
         Tile(128, 128, 64, 8, 3),
         Tile(64, 128, 64, 4, 3),
-        Tile(128, 128, 32, 4, 4),
+        Tile(64, 128, 32, 8, 4),
     ),
     4: (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
 }
-POINTER_DROPOUT_TILES = {
+MASKED_TILES = {
     2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 8, 4)),
+    4: (Tile(64, 64, 32, 4, 2),),
+}
+# Where rows are not aligned each element has an address of its own: these serve masked ones too.
+UNALIGNED_TILES = {
+    2: (Tile(64, 128, 64, 8, 3), Tile(64, 128, 32, 8, 4)),
     4: (Tile(64, 64, 32, 4, 2),),
 }
 
@@ -78,22 +83,23 @@ POINTER_DROPOUT_TILES = {
 def shipped_gemms(dtype: torch.dtype, chip: Chip, *, aligned: bool, masked: bool) -> tuple[Gemm, ...]:
     """What is offered for operands of dtype on a chip.
 
-        chip              rows of 16 bits, aligned      others
-        CUDA from 9.0 on  TMA, vendor                   pointer, vendor
-        others            pointer, vendor               pointer, vendor
+        chip              16 bits, aligned     others
+        CUDA from 9.0 on  TMA, vendor          pointer, vendor
+        others            pointer, vendor      pointer, vendor
 
     aligned: rows of x, of weight, in the order in which it is stored, and of the result begin at multiples of
     16 bytes. masked: the update is that of dx under dropout, which the vendor's GEMM cannot mask.
     """
     size = dtype.itemsize
     if size == 2 and chip.major >= 9 and aligned:
-        tiles, family = TMA_DROPOUT_TILES if masked else TMA_TILES, Family.TMA
+        family, tiles = Family.TMA, MASKED_TMA_TILES if masked else TMA_TILES
     else:
-        tiles, family = (POINTER_DROPOUT_TILES if masked else POINTER_TILES)[size], Family.POINTER
+        table = POINTER_TILES if aligned and not masked else MASKED_TILES if aligned else UNALIGNED_TILES
+        family, tiles = Family.POINTER, table[size]
     fitting = tuple(Gemm(family, tile) for tile in tiles if tile.shared_bytes(size) <= chip.shared_limit)
     return fitting if masked else (VENDOR, *fitting)
 
 
 def default_gemm(dtype: torch.dtype) -> Gemm:
     """The one where nothing was measured: its tile fits every chip and every tensor."""
-    return Gemm(Family.POINTER, POINTER_TILES[dtype.itemsize][-1])
+    return Gemm(Family.POINTER, UNALIGNED_TILES[dtype.itemsize][-1])

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from lorakernels import lora_linear
 from lorakernels.ops.lora_linear import aten, check, implementations, reference
-from lorakernels.ops.lora_linear.kernels import dropout_keep
+from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 from lorakernels.ops.lora_linear.problem import Problem
 from lorakernels.ops.lora_linear.reference import keep_mask
 

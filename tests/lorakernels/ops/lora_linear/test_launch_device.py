@@ -9,6 +9,8 @@ import torch
 from lorakernels.ops.linear_cross_entropy import triton as cross_entropy
 from lorakernels.ops.lora_linear import triton as lora_linear
 from lorakernels.ops.lora_linear.problem import Problem
+from lorakernels.ops.lora_linear.triton import parts, pointer_gemm, thin, tma_gemm
+from lorakernels.ops.lora_linear.triton.tiles import Family, Gemm, Tile
 
 
 @dataclass
@@ -37,7 +39,7 @@ def launches(monkeypatch) -> list[tuple[str, list[torch.Tensor]]]:
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for module in (cross_entropy, lora_linear):
+    for module in (cross_entropy, parts, thin, pointer_gemm, tma_gemm):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Watched(name, getattr(module, name), current, seen))
     return seen
@@ -55,19 +57,21 @@ def test_linear_cross_entropy(launches, device):
     assert all(tensors and tensors[-1] is hidden for _, tensors in launches)
 
 
-def test_lora_linear(launches, device):
-    x, weight, bias = (torch.randn(*shape, device=device) for shape in ((6, 16), (30, 16), (30,)))
-    lora_a, lora_b, dy = (torch.randn(*shape, device=device) for shape in ((4, 16), (30, 4), (6, 30)))
+TMA = Gemm(Family.TMA, Tile(32, 64, 32, 4, 2))
+
+
+@pytest.mark.parametrize(("gemm", "kernel"), [(None, "gemm"), (TMA, "tma")])
+def test_lora_linear(gemm, kernel, launches, device):
+    dtype = torch.float32 if gemm is None else torch.float16
+    x, weight, bias, lora_a, lora_b, dy = (
+        torch.randn(*shape, device=device, dtype=dtype)
+        for shape in ((6, 16), (32, 16), (32,), (4, 16), (32, 4), (6, 32))
+    )
     seed = torch.ones(1, dtype=torch.int64, device=device)
     problem = Problem(x, weight, bias, lora_a, lora_b, 1.0, 0.5, seed)
-    _, s = lora_linear.forward(problem)
+    _, s = lora_linear.forward(problem, gemm=gemm)
     for needs in ((True, True, True), (True, False, False)):
-        lora_linear.backward(problem, dy, s, needs)
-    assert {name for name, _ in launches} == {
-        "lora_linear_shrink_kernel",
-        "lora_linear_reduce_kernel",
-        "lora_linear_forward_kernel",
-        "lora_linear_backward_kernel",
-        "lora_linear_backward_a_kernel",
-    }
+        lora_linear.backward(problem, dy, s, needs, gemm=gemm)
+    names = ("pack", "shrink", "reduce", "backward", "sum", kernel)
+    assert {name for name, _ in launches} == {f"lora_linear_{name}_kernel" for name in names}
     assert all(tensors and tensors[-1] is x for _, tensors in launches)
