@@ -11,9 +11,14 @@ def precision(x: Tensor) -> str:
     return "tf32" if tf32 and _target(x) == ("cuda", 32) else "ieee"
 
 
-def thin_warps(x: Tensor, num_warps: int) -> int:
-    """Warps of a thin kernel: 256 threads at most, which is four of AMD's warps."""
-    return min(num_warps, 256 // _target(x)[1])
+def thin_options(x: Tensor, num_warps: int, num_stages: int) -> dict[str, int]:
+    """Warps and pipeline stages of a thin kernel where x is: half of both on AMD's GPUs.
+
+    Their warps have 64 lanes, and MI300X has 64 KiB of shared memory.
+    """
+    backend, lanes = _target(x)
+    stages = min(num_stages, 2) if backend == "hip" else num_stages
+    return {"num_warps": min(num_warps, 256 // lanes), "num_stages": stages}
 
 
 def _target(x: Tensor) -> tuple[str, int]:

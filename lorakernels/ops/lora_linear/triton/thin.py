@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 from lorakernels.ops.lora_linear.triton.parts import LEFT, Layout, Parts, store_parts
-from lorakernels.ops.lora_linear.triton.target import precision, thin_warps
+from lorakernels.ops.lora_linear.triton.target import precision, thin_options
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def shrink(
         scale, dropout_p,
         BLOCK_M=block_m, BLOCK_K=tile.columns, BLOCK_R=layout.block, WIDTH=layout.width,
         PARTS=layout.parts, LOW=factor.low, SHIFT=layout.shift, WIDE=wide, DROPOUT=dropout_p > 0,
-        PRECISION=precision(x), num_warps=thin_warps(x, tile.num_warps), num_stages=tile.num_stages,
+        PRECISION=precision(x), **thin_options(x, tile.num_warps, tile.num_stages),
     )  # fmt: skip
     return s, left
 
@@ -307,7 +307,7 @@ def both_thin_gradients(layout: Layout, dy: Tensor, b: Parts, s: Parts) -> tuple
         dy.stride(0), *b.values.stride(), s.values.stride(0),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=layout.block, RANKS=ranks,
         B_LOW=b.low, S_LOW=s.low, SHIFT=layout.shift,
-        PRECISION=precision(dy), num_warps=thin_warps(dy, tile.num_warps), num_stages=tile.num_stages,
+        PRECISION=precision(dy), **thin_options(dy, tile.num_warps, tile.num_stages),
     )  # fmt: skip
     return ds, db
 
@@ -326,7 +326,7 @@ def sum_over_rows(layout: Layout, x: Tensor, factor: Parts, dropout_p: float, se
         dropout_p,
         BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=layout.block, RANKS=layout.partial_ranks,
         LOW=factor.low, SHIFT=layout.shift, DROPOUT=dropout_p > 0,
-        PRECISION=precision(x), num_warps=thin_warps(x, tile.num_warps), num_stages=tile.num_stages,
+        PRECISION=precision(x), **thin_options(x, tile.num_warps, tile.num_stages),
     )  # fmt: skip
     return partial
 
