@@ -151,17 +151,16 @@ def _thin_with_bias(s: Tensor, lora_b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _product_of_parts(a: Tensor, b: Tensor) -> Tensor:
-    """a in 16 bits times b [K, r] by 16-bit GEMMs into float32: b as high + mid / shift + low / shift²."""
+    """a in 16 bits times b [K, r] by one 16-bit GEMM into float32, with b as high + low / shift."""
     if a.dtype == b.dtype:
         return torch.mm(a, b, out_dtype=torch.float32)
+    # float16 has no exponents to spare for the residues of small factors
     shift = 2048.0 if a.dtype == torch.float16 else 1.0
-    high = b.to(a.dtype)
-    rest = (b - high) * shift
-    mid = rest.to(a.dtype)
-    low = ((rest - mid) * shift).to(a.dtype)
-    products = torch.mm(a, torch.cat([high, mid, low], 1), out_dtype=torch.float32)
-    high, mid, low = products.chunk(3, 1)
-    return high + (mid + low / shift) / shift
+    parts = b.new_empty(len(b), 2, b.shape[1], dtype=a.dtype)
+    parts[:, 0] = b
+    _residue(b, parts[:, 0], shift, out=parts[:, 1])
+    high, low = torch.mm(a, parts.flatten(1), out_dtype=torch.float32).chunk(2, 1)
+    return torch.add(high, low, alpha=1 / shift)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -169,9 +168,17 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == out.dtype:
         return out.addmm_(a, b)
     # one 16-bit product of a longer rank: (high + low)·high and, where b is wide, + high·low
-    a_high, b_high = a.to(out.dtype), b.to(out.dtype)
-    left, right = [a_high, (a - a_high).to(out.dtype)], [b_high, b_high]
-    if b.dtype != out.dtype:
-        left.append(a_high)
-        right.append((b - b_high).to(out.dtype))
-    return out.addmm_(torch.cat(left, 1), torch.cat(right, 0))
+    count, rank = (2 if b.dtype == out.dtype else 3), len(b)
+    left = a.new_empty(len(a), count, rank, dtype=out.dtype)
+    right = b.new_empty(count, *b.shape, dtype=out.dtype)
+    left[:, ::2] = a[:, None]
+    _residue(a, left[:, 0], out=left[:, 1])
+    right[:2] = b
+    if count == 3:
+        _residue(b, right[0], out=right[2])
+    return out.addmm_(left.flatten(1), right.flatten(0, 1))
+
+
+def _residue(factor: Tensor, high: Tensor, shift: float = 1.0, *, out: Tensor) -> None:
+    """shift · (factor - high), rounded to out's dtype."""
+    torch.sub(factor if shift == 1.0 else factor * shift, high, alpha=shift, out=out)

@@ -124,10 +124,12 @@ ATEN = {
         "product(dy, lora_b) * (problem.scale / (1 - problem.dropout_p))", "product(dy, lora_b)",
         {"dx", "dA"},
     ),
-    "low part of S and dS": ("(a - a_high).to(out.dtype)", "torch.zeros_like(a_high)", {"y", "dx"}),
-    "low part of B and A": ("(b - b_high).to(out.dtype)", "torch.zeros_like(b_high)", {"y", "dx"}),
+    "low part of S and dS": (
+        "_residue(a, left[:, 0], out=left[:, 1])", "left[:, 1] = 0", {"y", "dx"},
+    ),
+    "low part of B and A": ("_residue(b, right[0], out=right[2])", "right[2] = 0", {"y", "dx"}),
     "low parts in the thin products": (
-        "return high + (mid + low / shift) / shift", "return high", {"y", "dx", "dA", "dB"},
+        "return torch.add(high, low, alpha=1 / shift)", "return high", {"y", "dx", "dA", "dB"},
     ),
 }  # fmt: skip
 
@@ -310,8 +312,8 @@ def test_the_aten_path_without_it(dtype, name, tmp_path, device):
         ("if a.is_cuda:", "if True:"),
         ("torch.mm(a, b, out_dtype=torch.float32)", "torch.mm(a.float(), b.float())"),
         (
-            "torch.mm(a, torch.cat([high, mid, low], 1), out_dtype=torch.float32)",
-            "torch.mm(a.float(), torch.cat([high, mid, low], 1).float())",
+            "torch.mm(a, parts.flatten(1), out_dtype=torch.float32)",
+            "torch.mm(a.float(), parts.flatten(1).float())",
         ),
     )
     assert not wrong_results(changed_aten("", "", tmp_path, on_cpu), problem, roundings=roundings)
