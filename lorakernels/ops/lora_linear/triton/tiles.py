@@ -87,6 +87,8 @@ def shipped_gemms(dtype: torch.dtype, chip: Chip, *, aligned: bool, masked: bool
         CUDA from 9.0 on  TMA, vendor          pointer, vendor
         others            pointer, vendor      pointer, vendor
 
+    The first is taken where none is measured.
+
     aligned: rows of x, of weight, in the order in which it is stored, and of the result begin at multiples of
     16 bytes. masked: the update is that of dx under dropout, which the vendor's GEMM cannot mask.
     """
@@ -97,7 +99,7 @@ def shipped_gemms(dtype: torch.dtype, chip: Chip, *, aligned: bool, masked: bool
         table = POINTER_TILES if aligned and not masked else MASKED_TILES if aligned else UNALIGNED_TILES
         family, tiles = Family.POINTER, table[size]
     fitting = tuple(Gemm(family, tile) for tile in tiles if tile.shared_bytes(size) <= chip.shared_limit)
-    return fitting if masked else (VENDOR, *fitting)
+    return fitting if masked else (*fitting, VENDOR)
 
 
 def default_gemm(dtype: torch.dtype) -> Gemm:
