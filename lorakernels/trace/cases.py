@@ -27,7 +27,7 @@ def cases() -> Iterator[Case]:
     """The layer, the loss and attention, by every implementation for CUDA; the frozen layer beside."""
     for rank in RANKS:
         yield Case(layer_name(rank), "frozen", _frozen)
-        for backend in ("aten", "triton"):
+        for backend in ("aten", "triton", "triton:vendor"):
             yield Case(layer_name(rank), f"lorakernels:{backend}", _layer(rank))
     loss = f"linear_cross_entropy T={M} H={K} V={VOCABULARY} bfloat16"
     yield Case(loss, "lorakernels:triton", _loss, LOSS_READS)
