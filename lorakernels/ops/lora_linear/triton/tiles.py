@@ -76,7 +76,7 @@ MASKED_TILES = {
 # Where rows are not aligned each element has an address of its own: these serve masked ones too.
 UNALIGNED_TILES = {
     2: (Tile(64, 128, 64, 8, 3), Tile(64, 128, 32, 8, 4)),
-    4: (Tile(64, 64, 32, 4, 2),),
+    4: (Tile(64, 64, 32, 8, 2),),
 }
 
 
