@@ -11,7 +11,8 @@ from lorakernels import cpu_gemm, dispatch
 from lorakernels.dispatch import Implementation
 from lorakernels.installed import has_triton
 from lorakernels.ops.lora_linear import aten, check, onednn, reference
-from lorakernels.ops.lora_linear.problem import Problem
+from lorakernels.ops.lora_linear.problem import Direction, Problem
+from lorakernels.tolerance import accumulation_dtype
 
 if TYPE_CHECKING:
     from lorakernels.ops.lora_linear.triton import Tile
@@ -41,13 +42,13 @@ def triton_implementations(x: Tensor, dropout_p: float) -> tuple[Implementation,
 
     if x.device.type == "cpu":
         return (_in_tile(triton.default_tile(x.dtype)),)
-    properties = torch.cuda.get_device_properties(x.device)
-    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
-    return tuple(_in_tile(tile) for tile in triton.shipped_tiles(x.dtype, limit, dropout_p > 0))
+    return _in_shipped_tiles(
+        x.dtype, dispatch.device_properties(x.device).shared_memory_per_block_optin, dropout_p > 0
+    )
 
 
-def select(problem: Problem, backend: str) -> Implementation:
-    """The implementation of one problem; one of them may run forward and another backward.
+def select(problem: Problem, backend: str, direction: Direction) -> Implementation:
+    """The implementation that computes one direction of a problem.
 
     Raises:
         ValueError: backend, or the environment variable in its place, names what cannot run here.
@@ -61,11 +62,12 @@ def select(problem: Problem, backend: str) -> Implementation:
         return ATEN if backend != "reference" else REFERENCE
     forced = backend != "auto"
     chosen = _named(x, dropout_p, backend) if forced else candidates(x, dropout_p)
-    # a small product on a CPU is over long before a check of it would be
-    if x.is_cpu and not cpu_gemm.is_large(rows, weight):
+    # it is over long before a check of it would be
+    if not dispatch.is_large(rows, weight):
         return chosen[0]
     n, k = weight.shape
     kind = _Kind(
+        direction,
         dispatch.device_name(x.device),
         x.dtype,
         problem.lora_a.dtype,
@@ -79,13 +81,14 @@ def select(problem: Problem, backend: str) -> Implementation:
         x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         backend,
     )
-    trial = functools.partial(_Trial, problem)
+    trial = functools.partial(_Trial, problem, direction)
     return dispatch.choose(_described(kind), chosen, trial, reference=None if forced else REFERENCE)
 
 
 class _Kind(NamedTuple):
     """All that a choice depends on; rows is rounded up to a power of two."""
 
+    direction: Direction
     device: str
     dtype: torch.dtype
     adapter_dtype: torch.dtype
@@ -105,7 +108,8 @@ def _described(kind: _Kind) -> str:
     """What `dispatch` remembers a choice under; kept, since every forward and backward asks for it."""
     dtypes = f"{dispatch.dtype_name(kind.dtype)} with {dispatch.dtype_name(kind.adapter_dtype)}"
     return (
-        f"lora_linear on {kind.device}, {dtypes} adapters, M<={kind.rows} N={kind.n} K={kind.k} r={kind.rank}"
+        f"lora_linear {kind.direction} on {kind.device}, {dtypes} adapters, "
+        f"M<={kind.rows} N={kind.n} K={kind.k} r={kind.rank}"
         f"{', weight stored by columns' if kind.by_columns else ''}{'' if kind.bias else ', no bias'}"
         f"{', dropout' if kind.dropout else ''}{', TF32' if kind.tf32 else ''}"
         f"{'' if kind.backend == 'auto' else f', {kind.backend} only'}"
@@ -113,9 +117,13 @@ def _described(kind: _Kind) -> str:
 
 
 class _Trial:
-    """The problem at hand with its own weight; the rest is random, for a new lora_b and bias are zero."""
+    """One direction of the problem at hand with its own weight; the rest is random, as a new lora_b is zero.
 
-    def __init__(self, problem: Problem) -> None:
+    The backward's S is the exact one, so that what is found of a backward depends on no forward.
+    """
+
+    def __init__(self, problem: Problem, direction: Direction) -> None:
+        self.direction = direction
         m, rank = problem.x.shape[0], problem.lora_a.shape[0]
         self.device = problem.weight.device
         make = functools.partial(
@@ -128,16 +136,39 @@ class _Trial:
         self.checked = plain if m * rank >= CHECKED_SUMS else make(-(-CHECKED_SUMS // rank))
 
     def run(self, implementation: Implementation) -> None:
-        check.run_results(implementation.forward, implementation.backward, self.timed)
+        self._results(implementation, self.timed)
 
     def failures(self, implementation: Implementation) -> list[str]:
-        results = check.run_results(implementation.forward, implementation.backward, self.checked)
-        return check.failures(results, self.checked, roundings=implementation.roundings, exact=self._exact)
+        return check.failures(
+            self._results(implementation, self.checked), self.checked, names=check.RESULTS_OF[self.direction],
+            roundings=implementation.roundings, exact=self._exact,
+        )  # fmt: skip
+
+    def compile(self, implementation: Implementation) -> None:
+        for case in (self.checked, self.timed):
+            self._results(implementation, case)
+
+    def _results(self, implementation: Implementation, case: check.Case) -> tuple[Tensor, ...]:
+        if self.direction == "forward":
+            return implementation.forward(case)
+        # the checked case may have more rows than the timed one
+        return implementation.backward(case, case.dy, self._s[: len(case.x)], (True, True, True))
 
     @functools.cached_property
     def _exact(self) -> check.Exact:
         """Made once for all candidates: float64 is slow on most GPUs."""
-        return check.exact_results(self.checked)
+        return check.exact_results(self.checked, directions=(self.direction,))
+
+    @functools.cached_property
+    def _s(self) -> Tensor:
+        return self._exact.s.to(accumulation_dtype(self.checked.x.dtype))
+
+
+@functools.cache
+def _in_shipped_tiles(dtype: torch.dtype, shared_limit: int, dropout: bool) -> tuple[Implementation, ...]:
+    from lorakernels.ops.lora_linear import triton
+
+    return tuple(_in_tile(tile) for tile in triton.shipped_tiles(dtype, shared_limit, dropout))
 
 
 @functools.cache

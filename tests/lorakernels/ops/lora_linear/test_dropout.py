@@ -33,7 +33,7 @@ def mask_kernel(mask_ptr, seed_ptr, first_row, n_rows, n_columns, dropout_p, BLO
 
 def implementation(name: str, device: str) -> implementations.Implementation:
     x = torch.zeros(1, 1, device=device)
-    return implementations.select(Problem(x, x, None, x, x, 1.0, 0.5, x), name)
+    return implementations.select(Problem(x, x, None, x, x, 1.0, 0.5, x), name, "forward")
 
 
 def kernel_mask(
