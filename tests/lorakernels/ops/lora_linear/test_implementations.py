@@ -1,4 +1,4 @@
-"""The choice among implementations of the LoRA linear: each direction apart, checked, forced, by the device."""
+"""The choice among implementations of the LoRA linear: each direction apart, checked, forced."""
 
 import functools
 import re
@@ -68,10 +68,8 @@ def test_small_products_of_a_gpu_are_not_measured(monkeypatch):
     with FakeTensorMode():
         weight = torch.empty(2**10, 2**10, device="cuda", dtype=torch.bfloat16)
         for rows in (2**11 - 1, 2**11):
-            x, lora_b = (
-                torch.empty(*shape, device="cuda", dtype=torch.bfloat16)
-                for shape in ((rows, 2**10), (2**10, 4))
-            )
+            x = torch.empty(rows, 2**10, device="cuda", dtype=torch.bfloat16)
+            lora_b = torch.empty(2**10, 4, device="cuda", dtype=torch.bfloat16)
             problem = Problem(x, weight, None, lora_b.T, lora_b, 1.0, 0.0, x)
             small = implementations.select(problem, "auto", "forward")
             assert (small is implementations.ATEN) == (rows < 2**11)
