@@ -4,8 +4,8 @@ The first time a problem appears (device, dtypes, shape bucket, rank; for some o
 problem of its own), every candidate is checked against the operator's definition on that very problem and
 timed, by the device's own clock on a GPU (`device_timing`), by the host's on a CPU, in rounds that time each
 candidate once; its best time counts, which other work on the machine lengthens least. The first candidate is
-the baseline: another one takes its place only when it is at least 3% faster. One that is wrong or cannot be
-run is dropped with a warning. Where none is left, the plain reference is checked and used, untimed; where that
+the baseline: another one takes its place only when it is at least 3% faster. One that is wrong or cannot run
+is dropped with a warning. Where none is left, the plain reference is checked and used, untimed; where that
 fails too, there is an error. A sole candidate is checked in the same way, and so is a forced one, which
 nothing replaces. Products that are too small (`LARGE`) take the baseline, neither checked nor timed.
 

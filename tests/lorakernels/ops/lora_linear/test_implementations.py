@@ -76,8 +76,21 @@ def test_small_products_of_a_gpu_are_not_measured(monkeypatch):
     assert len(measured) == 1
 
 
+@pytest.fixture
+def nothing_known():
+    """Nothing is known of any device, nor is afterwards."""
+
+    def forget():
+        dispatch.device_properties.cache_clear()
+        implementations._in_shipped_tiles.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_a_second_call_asks_nothing_of_the_device(backend, monkeypatch):
+def test_a_second_call_asks_nothing_of_the_device(backend, monkeypatch, nothing_known):
     pytest.importorskip("triton")
     from lorakernels.ops.lora_linear import triton
 
@@ -95,9 +108,6 @@ def test_a_second_call_asks_nothing_of_the_device(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties(device).name)
     monkeypatch.setattr(triton, "shipped_tiles", shipped_tiles)
-    # caches of this test's own
-    for module, name in ((dispatch, "device_properties"), (implementations, "_in_shipped_tiles")):
-        monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
     monkeypatch.setattr(dispatch, "choose", lambda problem, candidates, *_, **__: candidates[-1])
     monkeypatch.setitem(dispatch.LARGE, "cuda", 0)
     with FakeTensorMode():
