@@ -82,8 +82,8 @@ def check_auto(findings: Findings, setting: Setting, model: str, dtype: str) -> 
         findings.notes |= winners
         with precision(dtype):
             # y is the forward's and dx the backward's; small products take the vendor's unmeasured
-            roundest = max(winners.values(), key=roundings, default="aten")
-            judge(findings, f"r={rank} auto", problem, got, exact_results(problem), roundest)
+            most_rounded = max(winners.values(), key=roundings, default="aten")
+            judge(findings, f"r={rank} auto", problem, got, exact_results(problem), most_rounded)
 
 
 def check_ragged(findings: Findings, setting: Setting, dtype: str) -> None:

@@ -40,7 +40,7 @@ def triton_implementations(x: Tensor, dropout_p: float) -> tuple[Implementation,
     # imported here: a CPU user need not have Triton
     from lorakernels.ops.lora_linear import triton
 
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return (_in_tile(triton.default_tile(x.dtype)),)
     return _in_shipped_tiles(
         x.dtype, dispatch.device_properties(x.device).shared_memory_per_block_optin, dropout_p > 0
