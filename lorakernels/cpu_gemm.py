@@ -26,7 +26,6 @@ __all__ = [
     "fastest",
     "has_onednn",
     "in_float32",
-    "is_large",
     "precision_problem",
     "product_dtype",
     "weight_blocks",
@@ -37,8 +36,6 @@ BLOCK_BYTES = 16 * 2**20
 PROBE_ROWS, PROBE_SIZE = 512, 1024
 # float32 is the more precise, so a 16-bit product must win by more than the noise of a busy machine
 ADVANTAGE = 1.5
-# Multiplications below which a choice is not worth its own cost: a tenth of a millisecond on one core.
-LARGE = 2**23
 
 
 @dataclass(frozen=True)
@@ -76,11 +73,6 @@ def widens(dtype: torch.dtype) -> bool:
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which CPU tensors of this one are multiplied here."""
     return torch.float32 if widens(dtype) else dtype
-
-
-def is_large(rows: int, weight: torch.Tensor) -> bool:
-    """Whether a product of `rows` rows with weight [N, K] is worth a choice."""
-    return rows * weight.numel() >= LARGE
 
 
 @functools.cache
@@ -157,7 +149,7 @@ def _block_rows(weight: torch.Tensor) -> int:
     return max(1, BLOCK_BYTES // (4 * max(1, weight.shape[1])))
 
 
-class _Trial:
+class _Trial(dispatch.Trial[Gemm]):
     """A frozen layer of normal numbers, forward and backward."""
 
     device = torch.device("cpu")

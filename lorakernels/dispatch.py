@@ -1,11 +1,13 @@
 """Which implementation computes an operator: measured on the user's own device, checked first, remembered.
 
-The first time a problem appears (device, dtypes, shape bucket, rank), every candidate is checked against the
-operator's definition on that very problem and timed, in rounds that time each candidate once; its best time
-counts, which other work on the machine lengthens least. The first candidate is the baseline: another one
-takes its place only when it is at least 3% faster. One that is wrong or cannot be run is dropped with a
-warning. Where none is left, the plain reference is checked and used, untimed; where that fails too, there is
-an error. A sole candidate is checked in the same way, and so is a forced one, which nothing replaces.
+The first time a problem appears (device, dtypes, shape bucket, rank; for some operators each direction is a
+problem of its own), every candidate is checked against the operator's definition on that very problem and
+timed, by the device's own clock on a GPU (`device_timing`), by the host's on a CPU, in rounds that time each
+candidate once; its best time counts, which other work on the machine lengthens least. The first candidate is
+the baseline: another one takes its place only when it is at least 3% faster. One that is wrong or cannot run
+is dropped with a warning. Where none is left, the plain reference is checked and used, untimed; where that
+fails too, there is an error. A sole candidate is checked in the same way, and so is a forced one, which
+nothing replaces. Products that are too small (`LARGE`) take the baseline, neither checked nor timed.
 
 The winner is kept in memory and in whatever the caller makes of kernel_choices(); a run that passes it to
 use_kernel_choices() computes the same bits again. On disk, under the versions it was measured with, it is
@@ -20,72 +22,44 @@ captured.
 
 import contextlib
 import functools
-import hashlib
-import json
 import os
-import tempfile
-import textwrap
 import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from statistics import median
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 
+from lorakernels import choice_file
+from lorakernels.choice_file import Choice
+from lorakernels.examination import Examination, Implementation, Trial, is_busy, is_out_of_memory
+
+__all__ = [
+    "LARGE",
+    "Implementation",
+    "Trial",
+    "choose",
+    "default_backend",
+    "device_name",
+    "device_properties",
+    "dtype_name",
+    "forget",
+    "is_large",
+    "kernel_choices",
+    "kernel_report",
+    "use_kernel_choices",
+]
+
 # A candidate replaces the baseline at this share of its time or less; an operator may ask for more.
 MARGIN = 0.97
-ROUNDS = 7
-# The machine is busy where half of a candidate's times exceed its best by this factor and by so many seconds:
-# it gets more rounds, to find a quiet moment.
-BUSY, BUSY_SECONDS, MOST_ROUNDS = 1.2, 2e-4, 21
-# Characters of an exception's text in a warning or an error, which are one line each.
-REASON_LENGTH = 300
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute an operator; backward must understand what its own forward saved.
-
-    roundings: how often a 16-bit result, or what it is a sum of, is rounded on its way; see `tolerance`.
-    """
-
-    name: str
-    forward: Callable
-    backward: Callable
-    roundings: int = field(default=1, kw_only=True)
-
+# Multiplications of a product, by the type of its device, below which a choice costs more than it can save.
+# On a CPU: a tenth of a millisecond of one core. On a GPU: 6 us at 741 TFLOP/s, which an H200 was measured to
+# reach in bfloat16; one launch takes 5 to 10 us there.
+LARGE = {"cpu": 2**23, "cuda": 2**31}
 
 Candidate = TypeVar("Candidate", bound=Implementation)
-Tried = TypeVar("Tried", bound=Implementation, contravariant=True)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen for a problem: the winner, the milliseconds of each, and why others were dropped.
-
-    Where nothing was timed, there are no milliseconds: a sole candidate, or the reference in place of all.
-    """
-
-    winner: str
-    milliseconds: dict[str, float] = field(default_factory=dict)
-    rejected: dict[str, str] = field(default_factory=dict)
-
-
-class Trial(Protocol[Tried]):
-    """A problem to measure on, made only when it is needed."""
-
-    device: torch.device
-
-    def run(self, implementation: Tried) -> object:
-        """Compute forward and backward once."""
-
-    def failures(self, implementation: Tried) -> list[str]:
-        """What is wrong with the implementation's results; empty where they are right."""
 
 
 @dataclass
@@ -143,7 +117,7 @@ def choose(
     with _lock:
         if (stand_in := _waiting(problem, known)) is not None:
             return stand_in
-        choice = _choices.get(problem) or _read_disk().get(problem)
+        choice = _choices.get(problem) or choice_file.read().get(problem)
         winner = _winner(choice, known)
         if choice is None or winner is None:
             outcome = _in_thread(
@@ -155,7 +129,7 @@ def choose(
                 _let_stand_in(problem, winner.name)
                 return winner
             if outcome.durable:
-                _write_disk(problem, choice)
+                choice_file.write(problem, choice)
         _choices[problem] = choice
         _stand_ins.pop(problem, None)
     return winner
@@ -173,7 +147,7 @@ def use_kernel_choices(recorded: dict[str, dict]) -> None:
         ValueError: recorded is not of that form.
     """
     try:
-        _choices.update(_parse(recorded))
+        _choices.update(choice_file.parse(recorded))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"recorded: expected what kernel_choices() returns ({error})") from error
 
@@ -200,8 +174,19 @@ def kernel_report() -> str:
 def device_name(device: torch.device) -> str:
     """The device as problems name it; of a CPU what its speed depends on."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return device_properties(device).name
     return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}) with {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def device_properties(device: torch.device) -> Any:
+    """torch.cuda.get_device_properties(device), kept: every call of an operator asks for them."""
+    return torch.cuda.get_device_properties(device)
+
+
+def is_large(rows: int, weight: torch.Tensor) -> bool:
+    """Whether a product of `rows` rows with weight [N, K] is worth a choice on the weight's device."""
+    return rows * weight.numel() >= LARGE["cpu" if weight.is_cpu else "cuda"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -270,46 +255,6 @@ def _follow(streams: list[torch.cuda.Stream]) -> None:
         torch.cuda.set_stream(stream)
 
 
-class _Examination:
-    """One trial of several implementations, and why each one that did not pass is dropped."""
-
-    def __init__(self, trial: Trial) -> None:
-        self.trial = trial
-        self.dropped: dict[str, str] = {}
-        self.failed: set[str] = set()
-        self.out_of_memory: set[str] = set()
-
-    def passes(self, one: Implementation) -> bool:
-        """Whether one gives right results."""
-        if wrong := self._attempt(self.trial.failures, one):
-            self.dropped[one.name] = "; ".join(wrong)
-        return one.name not in self.dropped
-
-    def seconds(self, right: Sequence[Implementation]) -> dict[str, list[float]]:
-        """The times of each, by name; those of one that fails meanwhile are left out."""
-        samples: dict[str, list[float]] = {one.name: [] for one in right}
-        for done in range(MOST_ROUNDS):
-            if done >= ROUNDS and not any(map(_busy, samples.values())):
-                break
-            for one in right:
-                if one.name in samples:
-                    samples[one.name].append(self._attempt(functools.partial(_time, self.trial), one))
-                if one.name in self.dropped:
-                    samples.pop(one.name, None)
-        return samples
-
-    def _attempt(self, action: Callable, one: Implementation):
-        try:
-            return action(one)
-        except Exception as error:
-            # a kernel that does not compile or does not fit this chip must not stop the run
-            self.failed.add(one.name)
-            if _is_out_of_memory(error):
-                self.out_of_memory.add(one.name)
-            self.dropped[one.name] = f"{type(error).__name__}: {textwrap.shorten(str(error), REASON_LENGTH)}"
-            return None
-
-
 def _measure(
     problem: str,
     candidates: Sequence[Candidate],
@@ -320,12 +265,13 @@ def _measure(
     try:
         trial = make_trial()
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _unchecked(problem, reference or candidates[0])
     on_device = torch.cuda.device(trial.device) if trial.device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        examination = _Examination(trial)
+        examination = Examination(trial)
+        examination.compile(problem, candidates)
         right = [one for one in candidates if examination.passes(one)]
         samples = examination.seconds(right) if len(candidates) > 1 else {}
         right = [one for one in right if one.name not in examination.dropped]
@@ -338,7 +284,7 @@ def _measure(
     if samples:
         fastest = min(milliseconds, key=milliseconds.__getitem__)
         winner = fastest if milliseconds[fastest] <= margin * milliseconds[baseline] else baseline
-    quiet = not any(map(_busy, samples.values()))
+    quiet = not any(map(is_busy, samples.values()))
     return _Outcome(
         Choice(winner, milliseconds, examination.dropped),
         durable=bool(samples) and quiet and not examination.failed,
@@ -350,7 +296,7 @@ def _last_resort(
     problem: str,
     candidates: Sequence[Implementation],
     reference: Implementation | None,
-    examination: _Examination,
+    examination: Examination,
 ) -> _Outcome:
     """The reference in place of candidates that all failed."""
     dropped = examination.dropped
@@ -379,94 +325,5 @@ def _warn(problem: str, about: str, text: str) -> None:
         warnings.warn(f"lorakernels: {text}", stacklevel=2)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    # the CPU's allocator, the CUDA driver and cuBLAS raise plain RuntimeErrors
-    texts = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-
-
-def _busy(times: list[float]) -> bool:
-    best = min(times)
-    return median(times) > max(BUSY * best, best + BUSY_SECONDS)
-
-
-def _time(trial: Trial, candidate: Implementation) -> float:
-    _synchronize(trial.device)
-    start = time.perf_counter()
-    trial.run(candidate)
-    _synchronize(trial.device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _disk_path() -> Path:
-    if folder := os.environ.get("LORAKERNELS_CACHE_DIR"):
-        return Path(folder) / "choices.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakernels" / "choices.json"
-
-
-@functools.cache
-def _versions() -> str:
-    """What a measured time depends on besides the problem: torch, triton and this package's sources."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("**/*.py")):
-        digest.update(path.read_bytes())
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = "none"
-    runtime = torch.version.cuda or torch.version.hip or "cpu"
-    return f"torch {torch.__version__}, {runtime}, triton {triton_version}, sources {digest.hexdigest()[:16]}"
-
-
-def _parse(recorded: dict[str, dict]) -> dict[str, Choice]:
-    """What kernel_choices() returned, as it was; AttributeError or TypeError for anything else."""
-    parsed = {problem: Choice(**choice) for problem, choice in recorded.items()}
-    for problem, choice in parsed.items():
-        texts = [choice.winner, *choice.milliseconds, *choice.rejected, *choice.rejected.values()]
-        times = choice.milliseconds.values()
-        if not all(isinstance(text, str) for text in texts) or not all(
-            type(t) in (int, float) for t in times
-        ):
-            raise TypeError(f"{problem}: {choice}")
-    return parsed
-
-
-def _read_file() -> dict[str, Any]:
-    try:
-        content = json.loads(_disk_path().read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read_disk() -> dict[str, Choice]:
-    try:
-        return _parse(_read_file().get(_versions(), {}))
-    except (AttributeError, TypeError):
-        return {}
-
-
-def _write_disk(problem: str, choice: Choice) -> None:
-    """Add a choice to the file by renaming a new one over it; where that fails the next process measures."""
-    path, content = _disk_path(), _read_file()
-    current = content.setdefault(_versions(), {})
-    if not isinstance(current, dict):
-        current = content[_versions()] = {}
-    current[problem] = asdict(choice)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorakernels.ops.lora_linear import lora_linear
 from lorakernels.ops.lora_linear.implementations import select
-from lorakernels.ops.lora_linear.problem import Problem
+from lorakernels.ops.lora_linear.problem import DIRECTIONS, Problem
 from lorakernels.tolerance import accumulation_dtype
 
 
@@ -167,10 +167,11 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def prepare(self, rows: int) -> None:
-        """Choose the implementation for inputs of `rows` rows in all, x [..., K] in the weight's dtype, now.
+        """Choose what computes inputs of `rows` rows in all, x [..., K] in the weight's dtype, and gradients.
 
-        Without it a new problem is measured in its first forward, which under torch.compile is in the middle
-        of a compiled step. One way alone is checked and not timed; nothing happens where the choice is known.
+        Without it a new problem is measured in its first forward and its first backward: under torch.compile
+        in the middle of a compiled step, and where memory is fullest. One way alone is checked and not timed;
+        nothing happens where both choices are known.
         """
         problem = Problem(
             self.weight.new_empty(rows, self.in_features),
@@ -183,7 +184,8 @@ class LoRALinear(nn.Module):
             # a choice does not depend on the mask
             self.weight.new_empty(0, dtype=torch.int64),
         )
-        select(problem, self.backend)
+        for direction in DIRECTIONS:
+            select(problem, self.backend, direction)
 
     def full_lora_b(self) -> Tensor:
         """lora_b with a row for every output [N, r]; under parts the rows that were not chosen are zero."""

@@ -1,9 +1,11 @@
 """A run's output: metrics.jsonl, its log file, the terminal, and W&B or TensorBoard if configured."""
 
 import json
+import logging
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         total, done = self._steps
         self._bar = self._stack.enter_context(waiting("step", total, done=done))
+        self._stack.enter_context(_kernel_messages(self.message))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,6 +102,31 @@ class RunLog:
         self._log.sync()
         if self._tracker is not None:
             self._tracker.flush()
+
+
+class _Lines(logging.Handler):
+    """Hands the text of each record on."""
+
+    def __init__(self, message: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._message = message
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._message(record.getMessage())
+
+
+@contextmanager
+def _kernel_messages(message: Callable[[str], None]) -> Iterator[None]:
+    """What lorakernels reports of its progress, such as kernels that it compiles, while the block lasts."""
+    logger, handler = logging.getLogger("lorakernels"), _Lines(message)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _plain(value: float) -> float | int | None:

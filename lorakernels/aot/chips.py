@@ -50,11 +50,26 @@ KIB = 1024
 
 
 def _cuda(
-    arch: int, part: str, limit: int, per_sm: int, multiprocessors: int, threads: int, flops: float, rate: float
+    arch: int,
+    part: str,
+    limit: int,
+    per_sm: int,
+    multiprocessors: int,
+    threads: int,
+    flops: float,
+    rate: float,
 ) -> Chip:
     target = GPUTarget("cuda", arch, 32)
     return Chip(
-        f"sm_{arch}", target, part, limit * KIB, per_sm * KIB, multiprocessors, threads, flops * 1e12, rate * 1e12
+        f"sm_{arch}",
+        target,
+        part,
+        limit * KIB,
+        per_sm * KIB,
+        multiprocessors,
+        threads,
+        flops * 1e12,
+        rate * 1e12,
     )
 
 

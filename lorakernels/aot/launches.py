@@ -116,9 +116,7 @@ def launches(chip: Chip, dtype: str) -> list[Launch]:
 def _layers(chip: Chip, dtype: str) -> Iterator[Launch]:
     for shape, by_columns, dropout_p in itertools.product(SIZES, (False, True), (0.0, DROPOUT)):
         operands, (_, n, k) = DTYPES[dtype][0], SIZES[shape]
-        gemms = shipped_gemms(
-            operands, chip.traits, aligned=is_aligned(operands, n, k), masked=dropout_p > 0
-        )
+        gemms = shipped_gemms(operands, chip.traits, aligned=is_aligned(operands, n, k), masked=dropout_p > 0)
         for gemm, rank in itertools.product(gemms, RANKS):
             # of ragged rows the largest tile and rank stand for all: they are the first to spill
             largest = gemm.tile == max((one.tile for one in gemms if one.tile), key=str) and rank == RANKS[-1]

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import gelu as torch_gelu
 from torch.nn.functional import linear
 
-from lorakernels import cpu_gemm
+from lorakernels import cpu_gemm, dispatch
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 from lorakernels.ops.autograd import differentiable_once
 
@@ -43,7 +43,7 @@ def frozen_linear(
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape {[len(weight)]}, got {list(bias.shape)}")
-    if not x.is_cpu or x.dtype == torch.float64 or not cpu_gemm.is_large(x.shape[:-1].numel(), weight):
+    if not x.is_cpu or x.dtype == torch.float64 or not dispatch.is_large(x.shape[:-1].numel(), weight):
         return linear(torch_gelu(x, approximate="tanh") if gelu else x, weight, bias)
     return _forward(x, weight, bias, gelu)
 

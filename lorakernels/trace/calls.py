@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # what CUDA's and HIP's allocators align to at least, and more than Triton asks for
 ALIGNMENT = 256
@@ -68,7 +68,8 @@ class KernelCall:
         """Compile the kernel for Triton's active driver and launch it there."""
         kernel = getattr(importlib.import_module(self.module), self.name)
         arguments = {
-            name: value.described() if isinstance(value, Descriptor) else value for name, value in self.arguments
+            name: value.described() if isinstance(value, Descriptor) else value
+            for name, value in self.arguments
         }
         kernel.run(grid=self.grid, warmup=False, **arguments)
 

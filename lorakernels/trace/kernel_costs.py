@@ -1,7 +1,7 @@
 """Bytes and FLOPs of one launch of a Triton kernel: what each kernel reads, writes and multiplies.
 
-A program of a thin kernel handles a block of ranks: x or dy is read once for every such block. FLOPs count the
-parts into which a float32 factor is split beside 16 bits. What programs read again out of the cache is not
+A program of a thin kernel handles a block of ranks: x or dy is read once for every such block. FLOPs count
+the parts into which a float32 factor is split beside 16 bits. What programs read again out of the cache is not
 counted.
 """
 

@@ -64,6 +64,7 @@ def cuda_without_gpu(trace: Trace, chip: Chip) -> Iterator[None]:
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "get_device_name", lambda *_: properties.name),
             (torch.cuda, "get_device_properties", lambda *_: properties),
+            (dispatch, "device_properties", lambda _: properties),
             (torch.cuda, "synchronize", lambda *_: trace.host_read("synchronize", torch.empty(0))),
             (_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"]),
             (triton.runtime.driver, "_active", StandInDriver(chip)),

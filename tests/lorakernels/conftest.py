@@ -69,7 +69,7 @@ def choose_gemm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     products are made in it; for products of any size."""
     from lorakernels import cpu_gemm, dispatch
 
-    monkeypatch.setattr(cpu_gemm, "LARGE", 0)
+    monkeypatch.setitem(dispatch.LARGE, "cpu", 0)
 
     def choose(widens: bool, gemm: cpu_gemm.Gemm = cpu_gemm.ONEDNN) -> None:
         narrow = cpu_gemm.in_float32(gemm) if widens else cpu_gemm.NARROW

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from lorakernels import cpu_gemm, dispatch, frozen_linear
+from lorakernels import cpu_gemm, dispatch, examination, frozen_linear
 from lorakernels.ops import frozen_linear as module
 from lorakernels.tolerance import deviations
 from tests.lorakernels.largest_tensor import LargestTensor
@@ -126,9 +126,9 @@ def test_16_bits_must_win_clearly_and_are_measured_once(times, expected, monkeyp
         measured.append(candidate)
         return times[candidate is cpu_gemm.NARROW]
 
-    monkeypatch.setattr(dispatch, "_time", seconds)
+    monkeypatch.setattr(examination, "host_seconds", seconds)
     assert [cpu_gemm.widens(torch.bfloat16) for _ in range(3)] == [expected] * 3
-    assert len(measured) == 2 * dispatch.ROUNDS
+    assert len(measured) == 2 * examination.ROUNDS
     assert cpu_gemm.precision_problem(torch.bfloat16) in dispatch.kernel_choices()
     assert not cpu_gemm.widens(torch.float32)
 

@@ -1,20 +1,15 @@
-"""The measured choice: wrong candidates dropped, 3% asked of a rival, remembered, forced, repeated."""
+"""The measured choice: wrong candidates dropped, 3% asked of a rival, remembered, repeated."""
 
-import functools
 import json
 import threading
 import time
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
-from lorakernels import cpu_gemm, dispatch, lora_linear
+from lorakernels import choice_file, dispatch, examination
 from lorakernels.dispatch import Implementation
-from lorakernels.ops.lora_linear import aten, implementations
-from lorakernels.ops.lora_linear.problem import Problem
 
 
 class FakeTrial:
@@ -47,7 +42,7 @@ def candidate(name: str, seconds: float, wrong=()) -> Implementation:
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAKERNELS_CACHE_DIR", str(tmp_path))
     # what these tests remember must not depend on what else the machine does
-    monkeypatch.setattr(dispatch, "BUSY", float("inf"))
+    monkeypatch.setattr(examination, "BUSY", float("inf"))
     FakeTrial.made = 0
 
 
@@ -68,7 +63,7 @@ def test_the_faster_one_is_taken_and_remembered(tmp_path):
 
 def test_a_candidate_must_be_three_percent_faster(monkeypatch):
     times = {"baseline": 0.100, "rival": 0.098}
-    monkeypatch.setattr(dispatch, "_time", lambda trial, one: times[one.name])
+    monkeypatch.setattr(examination, "host_seconds", lambda trial, one: times[one.name])
     pair = (candidate("baseline", 0), candidate("rival", 0))
     assert dispatch.choose("p", pair, FakeTrial).name == "baseline"
     times["rival"] = 0.0969
@@ -78,7 +73,7 @@ def test_a_candidate_must_be_three_percent_faster(monkeypatch):
 @pytest.mark.parametrize("quiet_after", [3, 15, 99])
 def test_a_busy_machine_is_measured_for_longer_and_not_remembered(quiet_after, monkeypatch, tmp_path):
     """Other work doubles the times and more; one quiet round is enough to tell them apart."""
-    monkeypatch.setattr(dispatch, "BUSY", 1.2)
+    monkeypatch.setattr(examination, "BUSY", 1.2)
     taken = {"slow": [], "fast": []}
 
     def seconds(trial, one):
@@ -87,10 +82,10 @@ def test_a_busy_machine_is_measured_for_longer_and_not_remembered(quiet_after, m
         best = {"slow": 0.012, "fast": 0.010}[one.name]
         return best if round_ >= quiet_after or round_ == 1 else best * (2.1 + round_ % 3)
 
-    monkeypatch.setattr(dispatch, "_time", seconds)
+    monkeypatch.setattr(examination, "host_seconds", seconds)
     pair = (candidate("slow", 0), candidate("fast", 0))
     assert dispatch.choose("p", pair, FakeTrial).name == "fast"
-    rounds = {3: dispatch.ROUNDS, 15: dispatch.MOST_ROUNDS, 99: dispatch.MOST_ROUNDS}[quiet_after]
+    rounds = {3: examination.ROUNDS, 15: examination.MOST_ROUNDS, 99: examination.MOST_ROUNDS}[quiet_after]
     assert len(taken["slow"]) == len(taken["fast"]) == rounds
     assert (tmp_path / "choices.json").exists() == (quiet_after == 3)
     assert dispatch.choose("p", pair, FakeTrial).name == "fast"
@@ -290,7 +285,7 @@ def test_other_sources_ask_for_another_measurement(monkeypatch):
     pair = (candidate("slow", 0.02), candidate("fast", 0.0))
     dispatch.choose("p", pair, FakeTrial)
     dispatch.forget()
-    monkeypatch.setattr(dispatch, "_versions", lambda: "torch 99")
+    monkeypatch.setattr(choice_file, "versions", lambda: "torch 99")
     dispatch.choose("p", pair, FakeTrial)
     assert FakeTrial.made == 2
 
@@ -301,159 +296,3 @@ def test_nothing_is_measured_under_capture(monkeypatch):
     assert dispatch.choose("p", pair, FakeTrial).name == "baseline"
     assert FakeTrial.made == 0
     assert dispatch.kernel_choices() == {}
-
-
-@pytest.fixture
-def every_size(monkeypatch):
-    """No problem is too small for a choice."""
-    monkeypatch.setattr(cpu_gemm, "LARGE", 0)
-
-
-def bfloat16_arguments(device: str = "cpu") -> list:
-    tensors = [torch.randn(*shape, device=device).bfloat16() for shape in ((32, 48), (64, 48), (64,))]
-    return [*tensors, torch.randn(4, 48, device=device), torch.randn(64, 4, device=device), 2.0]
-
-
-def test_lora_linear_chooses_between_16_bit_and_wide_products(every_size):
-    lora_linear(*bfloat16_arguments())
-    ((problem, choice),) = dispatch.kernel_choices().items()
-    assert "bfloat16 with float32 adapters, M<=32 N=64 K=48 r=4" in problem
-    assert choice["winner"] in choice["milliseconds"]
-    assert set(choice["milliseconds"]) | set(choice["rejected"]) == {"aten", "aten-wide"}
-    report = dispatch.kernel_report()
-    assert problem in report
-    assert "<- chosen" in report
-    lora_linear(*bfloat16_arguments())
-    assert len(dispatch.kernel_choices()) == 1
-
-
-def test_lora_linear_chooses_between_the_libraries_of_a_cpu(every_size):
-    arguments = [argument.float() for argument in bfloat16_arguments()[:-1]]
-    lora_linear(*arguments, 2.0)
-    ((problem, choice),) = dispatch.kernel_choices().items()
-    assert "float32 with float32 adapters" in problem
-    assert set(choice["milliseconds"]) == {"aten", "onednn"}
-
-
-def test_small_problems_of_a_cpu_are_not_measured():
-    lora_linear(*bfloat16_arguments())
-    assert not dispatch.kernel_choices()
-
-
-def test_measuring_leaves_the_random_state_alone(every_size):
-    arguments = bfloat16_arguments()
-    state = torch.get_rng_state()
-    lora_linear(*arguments)
-    assert dispatch.kernel_choices()
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_a_wrong_lora_linear_is_caught_by_the_self_check(every_size, monkeypatch):
-    broken = Implementation("broken", broken_y, functools.partial(aten.backward_wide))
-    table = (implementations.ATEN_WIDE, broken)
-    monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: table)
-    with pytest.warns(
-        UserWarning, match="broken is not used for lora_linear .*y: relative error.*dB: relative"
-    ):
-        lora_linear(*bfloat16_arguments())
-
-
-def broken_y(problem):
-    return aten.forward_wide(replace(problem, scale=2 * problem.scale))
-
-
-def test_a_forced_backend_is_checked_once(every_size, monkeypatch):
-    checked = []
-    failures = implementations._Trial.failures
-    monkeypatch.setattr(
-        implementations._Trial, "failures", lambda *both: checked.append(both[1].name) or failures(*both)
-    )
-    for _ in range(2):
-        lora_linear(*bfloat16_arguments(), backend="aten")
-    assert checked == ["aten"]
-    monkeypatch.setattr(implementations, "ATEN", Implementation("aten", broken_y, aten.backward_wide))
-    dispatch.forget()
-    with pytest.raises(
-        RuntimeError, match=r"^lorakernels: no implementation of lora_linear .* is right: aten: y: rel.*$"
-    ):
-        lora_linear(*bfloat16_arguments(), backend="aten")
-
-
-def test_a_wrong_sole_candidate_gives_way_to_the_reference(every_size, monkeypatch):
-    broken = Implementation("broken", broken_y, aten.backward_wide)
-    monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: (broken,))
-    arguments = bfloat16_arguments()
-    with pytest.warns(UserWarning, match="the plain reference computes lora_linear .*: broken: y: relative"):
-        y = lora_linear(*arguments)
-    assert torch.equal(y, lora_linear(*arguments, backend="reference"))
-
-
-def test_a_dropped_bias_is_seen_though_the_layers_own_is_zero(every_size, monkeypatch):
-    def forward(problem):
-        return aten.forward(replace(problem, bias=None))
-
-    broken = Implementation("broken", forward, aten.backward, roundings=2)
-    monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: (broken,))
-    x, weight, bias, *rest = bfloat16_arguments()
-    with pytest.warns(UserWarning, match="broken: y: relative error"):
-        lora_linear(x, weight, torch.zeros_like(bias), *rest)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lora_linear(x, weight, None, *rest)
-
-
-def test_few_sums_are_checked_among_more(every_size):
-    """M = 1 and r = 1: the gradients are multiples of one sum, which may cancel to nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for k in range(100, 140):
-            weight, lora_b = torch.randn(150, k), torch.randn(150, 1)
-            lora_linear(torch.randn(1, k), weight, None, torch.randn(1, k), lora_b, 1.0, backend="aten")
-
-
-@pytest.fixture
-def own_precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def test_the_choice_depends_on_tf32_where_it_may_be_used(monkeypatch, own_precision):
-    problems = []
-
-    def choose(problem, candidates, *_, **__):
-        problems.append(problem)
-        return candidates[0]
-
-    monkeypatch.setattr(dispatch, "choose", choose)
-    monkeypatch.setattr(dispatch, "device_name", lambda device: "a GPU")
-    monkeypatch.setattr(implementations, "candidates", lambda x, dropout_p: (implementations.ATEN,) * 2)
-    with FakeTensorMode():
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.empty(4, 8, device="cuda", dtype=dtype)
-            for precision in ("highest", "high"):
-                torch.set_float32_matmul_precision(precision)
-                implementations.select(Problem(x, x, None, x, x, 1.0, 0.0, x), "auto")
-    assert [", TF32" in problem for problem in problems] == [False, True, False, False]
-
-
-@pytest.mark.parametrize("name", ["reference", "aten", "aten-wide", "triton"])
-def test_the_environment_forces_a_backend(name, monkeypatch, device):
-    monkeypatch.setenv("LORAKERNELS_BACKEND", name)
-    used = []
-    select = implementations.select
-
-    def spy(*arguments):
-        chosen = select(*arguments)
-        used.append(chosen.name)
-        return chosen
-
-    monkeypatch.setattr("lorakernels.ops.lora_linear.select", spy)
-    lora_linear(*bfloat16_arguments(device))
-    assert [one.split(":")[0] for one in used] == [name]
-
-
-def test_an_unknown_forced_backend_is_named(monkeypatch):
-    monkeypatch.setenv("LORAKERNELS_BACKEND", "magic")
-    with pytest.raises(ValueError, match="backend: expected one of reference, aten, aten-wide, got 'magic'"):
-        lora_linear(*bfloat16_arguments())

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.launching import launch
+
 BUFFER_BYTES = 256 * 2**20
 BLOCK = 4096
 
@@ -103,7 +105,9 @@ def forward(
             part = slice(first, min(first + chunk, rows))
             logits = buffer[: part.stop - first]
             torch.mm(hidden[part], weight.T, out=logits)
-            linear_cross_entropy_forward_kernel[(len(logits),)](
+            launch(
+                linear_cross_entropy_forward_kernel,
+                (len(logits),),
                 logits,
                 labels[part],
                 losses[part],
@@ -139,7 +143,9 @@ def weight_gradient(
             block = weight[first : first + columns]
             logits = buffer[:, : len(block)]
             torch.mm(hidden, block.T, out=logits)
-            linear_cross_entropy_backward_kernel[(rows, triton.cdiv(len(block), _block(len(block))))](
+            launch(
+                linear_cross_entropy_backward_kernel,
+                (rows, triton.cdiv(len(block), _block(len(block)))),
                 logits,
                 labels,
                 statistics,

@@ -132,7 +132,7 @@ def _forward_op(
         seed.random_()
     rows = x.reshape(-1, x.shape[-1])
     problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    y, s = select(problem, backend).forward(problem)
+    y, s = select(problem, backend, "forward").forward(problem)
     # not a view, so that callers may add to y in place
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), s, seed
 
@@ -167,7 +167,8 @@ def _backward_op(
     rows = x.reshape(-1, x.shape[-1])
     dy_rows = dy.reshape(-1, dy.shape[-1])
     problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    dx, da, db = select(problem, backend).backward(problem, dy_rows, s, tuple(needs))
+    chosen = select(problem, backend, "backward")
+    dx, da, db = chosen.backward(problem, dy_rows, s, tuple(needs))
     # an operator returns tensors, never None: an empty one stands for a gradient that was not asked for
     return (
         x.new_empty(0) if dx is None else dx.view(x.shape),

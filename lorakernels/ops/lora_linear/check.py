@@ -1,22 +1,24 @@
 """How right an implementation of the LoRA linear is, against the plain expression in float64.
 
 The bounds are those of `lorakernels.tolerance`. A sum counts with the sums that its terms are made of: K + r
-terms for y, N + r for dx, M + N for dA, whose dS are sums of N, and M + K for dB, whose S are sums of K.
-The tests, the benchmarks and the self-check before an implementation is first used all use it.
+terms for y, K for S, N + r for dx, M + N for dA, whose dS are sums of N, and M + K for dB, whose S are sums
+of K. The tests, the benchmarks and the self-check before an implementation is first used all use it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lorakernels.ops.lora_linear.problem import Problem
+from lorakernels.ops.lora_linear.problem import DIRECTIONS, Direction, Problem
 from lorakernels.ops.lora_linear.reference import plain_lora_linear
 from lorakernels.tolerance import accumulation_dtype, deviations, structured_deviations
 
+# of forward and backward together, and of each alone: S is what any backward takes from any forward
 RESULTS = ("y", "dx", "dA", "dB")
+RESULTS_OF: dict[Direction, tuple[str, ...]] = {"forward": ("y", "S"), "backward": ("dx", "dA", "dB")}
 EXACT_ROWS = 2048
 # The update over x·Wᵀ and over dy·W. A dropped low part of a factor adds as much to the squared error of one
 # rounding as the update has of the result's square: two thirds or more, where the rule allows a fifth.
@@ -35,13 +37,26 @@ class Case(Problem):
         return self.x, self.weight, self.bias, self.lora_a, self.lora_b
 
 
-@dataclass
+@dataclass(frozen=True)
 class Exact:
-    """The four results, S [M, r] and dS [M, r] in float64."""
+    """What is right, in float64, by name: of y, dx, dA, dB, S [M, r] and dS [M, r] what was asked for."""
 
-    results: list[Tensor]
-    s: Tensor
-    ds: Tensor
+    named: dict[str, Tensor]
+
+    @property
+    def results(self) -> list[Tensor]:
+        """y, dx, dA and dB."""
+        return [self.named[name] for name in RESULTS]
+
+    @property
+    def s(self) -> Tensor:
+        """S = scale·drop(x)·Aᵀ."""
+        return self.named["S"]
+
+    @property
+    def ds(self) -> Tensor:
+        """dS = scale·dy·B."""
+        return self.named["dS"]
 
 
 def random_case(
@@ -88,6 +103,14 @@ def random_case(
 
 def plain_results(case: Case, multiplier: Tensor | None = None, *, wide: bool = False) -> list[Tensor]:
     """y, dx, dA and dB of the plain expression by autograd, in float64 where wide."""
+    y, leaves, dy = _plain_expression(case, multiplier, wide)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def _plain_expression(
+    case: Case, multiplier: Tensor | None, wide: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """y, the leaves that it depends on (x, A and B) and dy."""
 
     def given(tensor: Tensor) -> Tensor:
         return tensor.detach().double() if wide else tensor.detach()
@@ -97,29 +120,44 @@ def plain_results(case: Case, multiplier: Tensor | None = None, *, wide: bool = 
     if multiplier is not None:
         multiplier = multiplier.to(x.dtype)
     leaves = [x.requires_grad_(), lora_a.requires_grad_(), lora_b.requires_grad_()]
-    y = plain_lora_linear(x, weight, bias, lora_a, lora_b, case.scale, multiplier)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+    return plain_lora_linear(x, weight, bias, lora_a, lora_b, case.scale, multiplier), leaves, dy
 
 
-def exact_results(case: Case, multiplier: Tensor | None = None) -> Exact:
-    """What is right, some rows at a time: beside y and dx themselves no long tensor is in float64."""
+def exact_results(
+    case: Case, multiplier: Tensor | None = None, *, directions: Sequence[Direction] = DIRECTIONS
+) -> Exact:
+    """What is right in these directions, and S; some rows at a time: beside y and dx no long tensor is in
+    float64.
+    """
     (m, k), (n, r) = case.x.shape, case.lora_b.shape
-    y, dx, s, ds = (case.x.new_empty(m, size, dtype=torch.float64) for size in (n, k, r, r))
-    da, db = (torch.zeros_like(t, dtype=torch.float64) for t in (case.lora_a, case.lora_b))
+    lengths = {"S": r}
+    if "forward" in directions:
+        lengths["y"] = n
+    if "backward" in directions:
+        lengths |= {"dx": k, "dS": r}
+    named = {name: case.x.new_empty(m, length, dtype=torch.float64) for name, length in lengths.items()}
+    if "backward" in directions:
+        named |= {"dA": torch.zeros_like(case.lora_a, dtype=torch.float64)}
+        named |= {"dB": torch.zeros_like(case.lora_b, dtype=torch.float64)}
     for start in range(0, m, EXACT_ROWS):
         rows = slice(start, start + EXACT_ROWS)
         part = replace(case, x=case.x[rows], dy=case.dy[rows])
         kept = None if multiplier is None else multiplier[rows]
-        y[rows], dx[rows], part_a, part_b = plain_results(part, kept, wide=True)
-        da += part_a
-        db += part_b
+        with torch.set_grad_enabled("backward" in directions):
+            y, leaves, dy = _plain_expression(part, kept, wide=True)
+        if "forward" in directions:
+            named["y"][rows] = y.detach()
+        if "backward" in directions:
+            named["dx"][rows], part_a, part_b = torch.autograd.grad(y, leaves, dy)
+            named["dA"] += part_a
+            named["dB"] += part_b
+            named["dS"][rows] = case.scale * part.dy.double() @ case.lora_b.double()
         dropped = part.x.double() if kept is None else part.x.double() * kept
-        s[rows] = case.scale * dropped @ case.lora_a.double().T
-        ds[rows] = case.scale * part.dy.double() @ case.lora_b.double()
-    return Exact([y, dx, da, db], s, ds)
+        named["S"][rows] = case.scale * dropped @ case.lora_a.double().T
+    return Exact(named)
 
 
-def rules(case: Case, roundings: int = 1) -> dict[str, dict]:
+def rules(case: Case, roundings: int = 1, *, names: Sequence[str] = RESULTS) -> dict[str, dict]:
     """What `tolerance.deviations` must know of each result; roundings counts those of y and dx in 16 bits.
 
     S and dS are wider everywhere, which leaves dA and dB one rounding.
@@ -127,22 +165,26 @@ def rules(case: Case, roundings: int = 1) -> dict[str, dict]:
     (m, k), (n, r), operands = case.x.shape, case.lora_b.shape, case.x.dtype
     wide = {"operands": operands, "roundings": roundings, "dtype": operands}
     thin = {"operands": operands, "roundings": 1, "dtype": case.lora_a.dtype}
-    lengths = (k + r, n + r, m + n, m + k)
-    return {
-        name: {**kind, "terms": terms}
-        for name, kind, terms in zip(RESULTS, (wide, wide, thin, thin), lengths, strict=True)
+    of = {
+        "y": {**wide, "terms": k + r},
+        "S": {**thin, "dtype": accumulation_dtype(operands), "terms": k},
+        "dx": {**wide, "terms": n + r},
+        "dA": {**thin, "terms": m + n},
+        "dB": {**thin, "terms": m + k},
     }
+    return {name: of[name] for name in names}
 
 
 def failures(
-    results: list[Tensor],
+    results: Sequence[Tensor],
     case: Case,
     multiplier: Tensor | None = None,
     *,
+    names: Sequence[str] = RESULTS,
     roundings: int = 1,
     exact: Exact | None = None,
 ) -> list[str]:
-    """One line for each way in which y, dx, dA and dB are further from float64 than the rule allows.
+    """One line for each way in which results, called names, are further from float64 than the rule allows.
 
     The factors of case must be random, since the errors of a 16-bit y and dx are seen through them too: a
     low part of the update that was dropped stands out there alone. exact is that of case, where the caller
@@ -151,14 +193,15 @@ def failures(
     exact = exact or exact_results(case, multiplier)
     # what update there is in y and dx, from the right and from the left; with one column or sums of one term
     # the errors of right results have such a structure too
-    factors = {"y": (case.lora_b, exact.s), "dx": (case.lora_a.T, exact.ds)}
+    factors = {"y": (case.lora_b, "S"), "dx": (case.lora_a.T, "dS")}
     if min(case.weight.shape) == 1:
         factors = {}
     lines = []
-    for (name, rule), got, right in zip(rules(case, roundings).items(), results, exact.results, strict=True):
+    for (name, rule), got in zip(rules(case, roundings, names=names).items(), results, strict=True):
+        right = exact.named[name]
         found = deviations(name, got, right, **rule)
         if not found and got.dtype.itemsize == 2 and name in factors:
-            from_right, from_left = (factor.double() for factor in factors[name])
+            from_right, from_left = factors[name][0].double(), exact.named[factors[name][1]]
             found += structured_deviations(f"{name} (update)", got, right, from_right, **rule)
             found += structured_deviations(f"{name} (update)", got.T, right.T, from_left, **rule)
         lines += found

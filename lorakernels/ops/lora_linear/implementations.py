@@ -11,7 +11,8 @@ from lorakernels import cpu_gemm, dispatch
 from lorakernels.dispatch import Implementation
 from lorakernels.installed import has_triton
 from lorakernels.ops.lora_linear import aten, check, onednn, reference
-from lorakernels.ops.lora_linear.problem import Problem
+from lorakernels.ops.lora_linear.problem import Direction, Problem
+from lorakernels.tolerance import accumulation_dtype
 
 if TYPE_CHECKING:
     from lorakernels.ops.lora_linear.triton.tiles import Gemm
@@ -26,28 +27,26 @@ ATEN_WIDE = Implementation("aten-wide", aten.forward_wide, aten.backward_wide)
 ONEDNN = Implementation("onednn", onednn.forward, onednn.backward)
 
 
-def candidates(x: Tensor, weight: Tensor, dropout_p: float) -> tuple[Implementation, ...]:
-    """What may compute a problem on x's device under backend="auto", the baseline first."""
+def candidates(problem: Problem, direction: Direction) -> tuple[Implementation, ...]:
+    """What may compute a direction of a problem under backend="auto", the baseline first."""
+    x = problem.x
     if not x.is_cuda:
         return (ATEN, ATEN_WIDE) if x.dtype.itemsize == 2 else (ATEN, *_onednn(x))
     usable = x.dtype != torch.float64 and has_triton()
-    return (ATEN, *triton_implementations(x, weight, dropout_p > 0)) if usable else (ATEN,)
+    return (ATEN, *triton_implementations(problem, direction)) if usable else (ATEN,)
 
 
-def triton_implementations(x: Tensor, weight: Tensor, masked: bool) -> tuple[Implementation, ...]:
-    """The Triton implementation with every GEMM that is offered for x and weight on their device."""
-    # imported here: a CPU user need not have Triton
-    from lorakernels.ops.lora_linear.triton.tiles import Chip, default_gemm, shipped_gemms
-
-    if x.device.type == "cpu":
-        return (_with_gemm(default_gemm(x.dtype)),)
-    properties = torch.cuda.get_device_properties(x.device)
-    chip = Chip(
-        0 if torch.version.hip else properties.major,
-        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
-    )
-    aligned = is_aligned(x.dtype, *weight.shape)
-    return tuple(map(_with_gemm, shipped_gemms(x.dtype, chip, aligned=aligned, masked=masked)))
+def triton_implementations(problem: Problem, direction: Direction) -> tuple[Implementation, ...]:
+    """The Triton implementation with every GEMM that is offered for a direction of a problem."""
+    x = problem.x
+    if x.is_cpu:
+        return _interpreted(x.dtype)
+    properties = dispatch.device_properties(x.device)
+    major = 0 if torch.version.hip else properties.major
+    # under dropout the update of dx is masked, and x is before S is made
+    masked = direction == "backward" and problem.dropout_p > 0
+    aligned = is_aligned(x.dtype, *problem.weight.shape)
+    return _with_shipped_gemms(x.dtype, major, properties.shared_memory_per_block_optin, aligned, masked)
 
 
 def is_aligned(dtype: torch.dtype, n: int, k: int) -> bool:
@@ -55,8 +54,8 @@ def is_aligned(dtype: torch.dtype, n: int, k: int) -> bool:
     return not (n * dtype.itemsize % 16 or k * dtype.itemsize % 16)
 
 
-def select(problem: Problem, backend: str) -> Implementation:
-    """The implementation of one problem; one of them may run forward and another backward.
+def select(problem: Problem, backend: str, direction: Direction) -> Implementation:
+    """The implementation that computes one direction of a problem.
 
     Raises:
         ValueError: backend, or the environment variable in its place, names what cannot run here.
@@ -69,12 +68,13 @@ def select(problem: Problem, backend: str) -> Implementation:
     if x.numel() == 0 or weight.numel() == 0:
         return ATEN if backend != "reference" else REFERENCE
     forced = backend != "auto"
-    chosen = _named(x, weight, dropout_p, backend) if forced else candidates(x, weight, dropout_p)
-    # a small product on a CPU is over long before a check of it would be
-    if x.is_cpu and not cpu_gemm.is_large(rows, weight):
+    chosen = _named(problem, direction, backend) if forced else candidates(problem, direction)
+    # it is over long before a check of it would be
+    if not dispatch.is_large(rows, weight):
         return chosen[0]
     n, k = weight.shape
     kind = _Kind(
+        direction,
         dispatch.device_name(x.device),
         x.dtype,
         problem.lora_a.dtype,
@@ -88,13 +88,14 @@ def select(problem: Problem, backend: str) -> Implementation:
         x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         backend,
     )
-    trial = functools.partial(_Trial, problem)
+    trial = functools.partial(_Trial, problem, direction)
     return dispatch.choose(_described(kind), chosen, trial, reference=None if forced else REFERENCE)
 
 
 class _Kind(NamedTuple):
     """All that a choice depends on; rows is rounded up to a power of two."""
 
+    direction: Direction
     device: str
     dtype: torch.dtype
     adapter_dtype: torch.dtype
@@ -114,7 +115,8 @@ def _described(kind: _Kind) -> str:
     """What `dispatch` remembers a choice under; kept, since every forward and backward asks for it."""
     dtypes = f"{dispatch.dtype_name(kind.dtype)} with {dispatch.dtype_name(kind.adapter_dtype)}"
     return (
-        f"lora_linear on {kind.device}, {dtypes} adapters, M<={kind.rows} N={kind.n} K={kind.k} r={kind.rank}"
+        f"lora_linear {kind.direction} on {kind.device}, {dtypes} adapters, "
+        f"M<={kind.rows} N={kind.n} K={kind.k} r={kind.rank}"
         f"{', weight stored by columns' if kind.by_columns else ''}{'' if kind.bias else ', no bias'}"
         f"{', dropout' if kind.dropout else ''}{', TF32' if kind.tf32 else ''}"
         f"{'' if kind.backend == 'auto' else f', {kind.backend} only'}"
@@ -122,9 +124,13 @@ def _described(kind: _Kind) -> str:
 
 
 class _Trial:
-    """The problem at hand with its own weight; the rest is random, for a new lora_b and bias are zero."""
+    """One direction of the problem at hand with its own weight; the rest is random, as a new lora_b is zero.
 
-    def __init__(self, problem: Problem) -> None:
+    The backward's S is the exact one, so that what is found of a backward depends on no forward.
+    """
+
+    def __init__(self, problem: Problem, direction: Direction) -> None:
+        self.direction = direction
         m, rank = problem.x.shape[0], problem.lora_a.shape[0]
         self.device = problem.weight.device
         make = functools.partial(
@@ -137,16 +143,50 @@ class _Trial:
         self.checked = plain if m * rank >= CHECKED_SUMS else make(-(-CHECKED_SUMS // rank))
 
     def run(self, implementation: Implementation) -> None:
-        check.run_results(implementation.forward, implementation.backward, self.timed)
+        self._results(implementation, self.timed)
 
     def failures(self, implementation: Implementation) -> list[str]:
-        results = check.run_results(implementation.forward, implementation.backward, self.checked)
-        return check.failures(results, self.checked, roundings=implementation.roundings, exact=self._exact)
+        return check.failures(
+            self._results(implementation, self.checked), self.checked, names=check.RESULTS_OF[self.direction],
+            roundings=implementation.roundings, exact=self._exact,
+        )  # fmt: skip
+
+    def compile(self, implementation: Implementation) -> None:
+        for case in (self.checked, self.timed):
+            self._results(implementation, case)
+
+    def _results(self, implementation: Implementation, case: check.Case) -> tuple[Tensor, ...]:
+        if self.direction == "forward":
+            return implementation.forward(case)
+        # the checked case may have more rows than the timed one
+        return implementation.backward(case, case.dy, self._s[: len(case.x)], (True, True, True))
 
     @functools.cached_property
     def _exact(self) -> check.Exact:
         """Made once for all candidates: float64 is slow on most GPUs."""
-        return check.exact_results(self.checked)
+        return check.exact_results(self.checked, directions=(self.direction,))
+
+    @functools.cached_property
+    def _s(self) -> Tensor:
+        return self._exact.s.to(accumulation_dtype(self.checked.x.dtype))
+
+
+@functools.cache
+def _with_shipped_gemms(
+    dtype: torch.dtype, major: int, shared_limit: int, aligned: bool, masked: bool
+) -> tuple[Implementation, ...]:
+    # imported here: a CPU user need not have Triton
+    from lorakernels.ops.lora_linear.triton.tiles import Chip, shipped_gemms
+
+    chip = Chip(major, shared_limit)
+    return tuple(map(_with_gemm, shipped_gemms(dtype, chip, aligned=aligned, masked=masked)))
+
+
+@functools.cache
+def _interpreted(dtype: torch.dtype) -> tuple[Implementation, ...]:
+    from lorakernels.ops.lora_linear.triton.tiles import default_gemm
+
+    return (_with_gemm(default_gemm(dtype)),)
 
 
 @functools.cache
@@ -154,22 +194,23 @@ def _with_gemm(gemm: "Gemm") -> Implementation:
     from lorakernels.ops.lora_linear import triton
     from lorakernels.ops.lora_linear.triton.tiles import Family
 
-    forward = functools.partial(triton.forward, gemm=gemm)
     # the vendor's product is rounded before the update is added to it
     roundings = 2 if gemm.family is Family.VENDOR else 1
+    forward = functools.partial(triton.forward, gemm=gemm)
     backward = functools.partial(triton.backward, gemm=gemm)
     return Implementation(f"triton:{gemm}", forward, backward, roundings=roundings)
 
 
-def _named(x: Tensor, weight: Tensor, dropout_p: float, backend: str) -> tuple[Implementation, ...]:
+def _named(problem: Problem, direction: Direction, backend: str) -> tuple[Implementation, ...]:
     """The implementations of that name, or of that name before the colon."""
+    x = problem.x
     family = backend.split(":")[0]
     if family == "triton":
         if x.dtype == torch.float64:
             raise ValueError("backend: 'triton' computes in at most float32, got x in float64")
         if x.device.type == "cpu" and not _interpreting():
             raise ValueError("backend: 'triton' on CPU tensors needs TRITON_INTERPRET=1 and Triton installed")
-        offered = triton_implementations(x, weight, dropout_p > 0)
+        offered = triton_implementations(problem, direction)
     else:
         offered = (REFERENCE, ATEN, ATEN_WIDE, *_onednn(x))
     named = tuple(one for one in offered if backend in (one.name, one.name.split(":")[0]))

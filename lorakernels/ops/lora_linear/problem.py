@@ -1,9 +1,12 @@
 """What every implementation of the LoRA linear is given."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
+Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 # Whether x, lora_a and lora_b need a gradient, and these: None where they do not.
 Needs = tuple[bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -14,9 +17,10 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 class Problem:
     """One LoRA linear: y = x·Wᵀ + b + scale·(drop(x)·Aᵀ)·Bᵀ.
 
-    Implementations are pairs of functions: ``forward(problem)`` returns y [M, N] in x's dtype and S =
-    scale·drop(x)·Aᵀ [M, r] in `accumulation_dtype`; ``backward(problem, dy, s, needs)`` returns, for dy [M,
-    N], dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters' dtype, each None where needs says so.
+    Implementations are pairs of functions, and any forward goes with any backward: ``forward(problem)``
+    returns y [M, N] in x's dtype and S = scale·drop(x)·Aᵀ [M, r] in `accumulation_dtype`; ``backward(problem,
+    dy, s, needs)`` returns, for dy [M, N], dx [M, K] in x's dtype, dA [r, K] and dB [N, r] in the adapters'
+    dtype, each None where needs says so.
 
     Attributes:
         x: [M, K].

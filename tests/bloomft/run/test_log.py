@@ -1,5 +1,7 @@
 """metrics.jsonl and the trackers: a crash or a full disk costs no line but its own."""
 
+import logging
+
 import pytest
 
 from bloomft.errors import UserError
@@ -94,3 +96,18 @@ def test_the_longest_line_fits(log_at, capsys):
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("step "))
     assert len(line) <= 80
     assert line.startswith("step 1000000  loss 11.4866  held-out 11.4866")
+
+
+def test_the_kernels_progress_is_shown_while_a_run_lasts(log_at, capsys):
+    logger = logging.getLogger("lorakernels")
+    before = logger.level, list(logger.handlers)
+    with log_at(0) as log:
+        logger.info("compiling %d kernels for %s", 6, "a layer")
+        logger.debug("nobody's business")
+    logger.warning("after the run")
+    assert (logger.level, list(logger.handlers)) == before
+    assert [line for line in capsys.readouterr().err.splitlines() if "layer" in line] == [
+        "compiling 6 kernels for a layer"
+    ]
+    text = (log.folder / "log").read_text()
+    assert text.endswith(" compiling 6 kernels for a layer\n")

@@ -81,7 +81,7 @@ def test_lora_linear(backend, chosen, dtype, dropout_p, device):
     lora_b = laid_out["lora_b"](normal(n, r, seed=5, device=device))
     seed = laid_out["seed"](torch.tensor([12345], device=device))
     problem = Problem(x, weight, bias, lora_a, lora_b, 2.0, dropout_p, seed)
-    run = implementations.select(problem, backend)
+    run = implementations.select(problem, backend, "forward")
     y, s = run.forward(problem)
     exact = {"x": x, "lora_a": lora_a, "lora_b": lora_b}
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in exact.items()}

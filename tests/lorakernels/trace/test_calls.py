@@ -4,9 +4,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lorakernels.ops.lora_linear.triton.parts import lora_linear_reduce_kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lorakernels.ops.lora_linear.triton.parts import lora_linear_reduce_kernel
 from lorakernels.trace.calls import Descriptor, KernelCall, Pointer
 
 

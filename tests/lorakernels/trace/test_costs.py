@@ -68,7 +68,7 @@ def test_the_gemm_kernel_reads_its_operands_once_and_multiplies_the_longer_rank(
         "left_ptr": torch.zeros(4, 16), "right_ptr": torch.zeros(6, 16), "y_ptr": torch.zeros(4, 6),
     }  # fmt: skip
     sizes = {"M": 4, "N": 6, "K": 8, "R": 16, "BIAS": True}
-    launch = kernel_costs.launch_of("lora_linear_forward_kernel", tensors | sizes, (1, 1, 1))
+    launch = kernel_costs.launch_of("lora_linear_gemm_kernel", tensors | sizes, (1, 1, 1))
     assert launch.read == 4 * (4 * 8 + 6 * 8 + 6 + 4 * 16 + 6 * 16)
     assert launch.written == 4 * 4 * 6
     assert launch.flops == 2 * 4 * 6 * (8 + 16)

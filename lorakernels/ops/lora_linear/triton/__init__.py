@@ -1,8 +1,9 @@
 """The LoRA linear in Triton: thin passes around one GEMM that adds the low-rank update to the frozen product.
 
-Forward    A and B in parts (`parts`); S = s·drop(x)·Aᵀ (`thin`); then y = [x | S]·[W | B]ᵀ + bias in one GEMM,
-           whose K loop runs over (x, W) and continues over (S, B).
-Backward   A, B and S in parts; dS = s·dy·B and dB = dyᵀ·S; dx = [dy | dS]·[W; A] by the same GEMM; dA = dSᵀ·drop(x).
+Forward    A and B in parts (`parts`); S = s·drop(x)·Aᵀ (`thin`); then y = [x | S]·[W | B]ᵀ + bias in one
+           GEMM, whose K loop runs over (x, W) and continues over (S, B).
+Backward   A, B and S in parts; dS = s·dy·B and dB = dyᵀ·S; dx = [dy | dS]·[W; A] by the same GEMM;
+           dA = dSᵀ·drop(x).
 
 `tiles` says which GEMM serves which chip and tensors: `tma_gemm`, `pointer_gemm`, or the vendor's. Sums that
 several programs share are written as partial sums and added by a second kernel in a fixed order: no atomics,

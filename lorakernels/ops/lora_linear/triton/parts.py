@@ -1,7 +1,7 @@
 """Factors of the update as parts in x's dtype, and the two kernels that make them.
 
-Beside a 16-bit x a float32 factor is high + low, right to 2^-17 of itself. The GEMM multiplies left·rightᵀ, in
-which the parts stand side by side, each padded with zeros to `width` ranks:
+Beside a 16-bit x a float32 factor is high + low, right to 2^-17 of itself. The GEMM multiplies left·rightᵀ,
+in which the parts stand side by side, each padded with zeros to `width` ranks:
 
     left = [high | low | high]        right = [high | high | low]
 
@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lorakernels.launching import launch
 
 LEFT, RIGHT = tl.constexpr(0), tl.constexpr(1)
 # Ranks that a thin kernel handles at once: tl.dot wants 16, and more than 64 overflow the registers.
@@ -255,7 +257,8 @@ def pack(
     (a_like, b_like, s_like) = ((weight, weight) if f is None else (f, p.values) for f, p in factors)
     sizes = [0 if factor is None else len(factor) for factor, _ in factors]
     blocks = sum(triton.cdiv(size, PACK_ROWS) for size in sizes)
-    lora_linear_pack_kernel[(blocks, layout.width // layout.block)](
+    launch(
+        lora_linear_pack_kernel, (blocks, layout.width // layout.block),
         *a_like, *b_like, *s_like,
         *sizes, layout.rank,
         *a_like[0].stride(), *a_like[1].stride(), *b_like[0].stride(), *b_like[1].stride(),
@@ -287,7 +290,8 @@ def reduce_to_parts(layout: Layout, partial: Tensor, scale: float) -> Parts:
 
 def _launch_reduce(layout: Layout, partial: Tensor, out: Tensor, scale: float, packed: bool) -> None:
     count, rows, ranks = partial.shape
-    lora_linear_reduce_kernel[(triton.cdiv(rows, REDUCE_ROWS), layout.width // layout.block)](
+    launch(
+        lora_linear_reduce_kernel, (triton.cdiv(rows, REDUCE_ROWS), layout.width // layout.block),
         partial, out,
         count, rows, layout.rank,
         *out.stride(),

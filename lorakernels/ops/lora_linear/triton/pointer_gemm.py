@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorakernels.launching import launch
 from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 from lorakernels.ops.lora_linear.triton.order import GROUP_M, tile_origin
 from lorakernels.ops.lora_linear.triton.parts import Parts
@@ -129,7 +130,8 @@ def product(
     (m, k), n = x.shape, weight.shape[0]
     bias = None if bias is None else bias.contiguous()
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    lora_linear_gemm_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+    launch(
+        lora_linear_gemm_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),
         x, weight, x if bias is None else bias, left.values, right.values, y, seed,
         m, n, k, left.columns,
         x.stride(0), *weight.stride(), left.values.stride(0), *right.values.stride(), y.stride(0),

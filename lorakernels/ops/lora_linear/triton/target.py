@@ -4,6 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
+from lorakernels.dispatch import device_properties
+
 
 def precision(x: Tensor) -> str:
     """How tl.dot treats float32 operands: as torch's own matrix products are told to."""
@@ -33,4 +35,4 @@ def multiprocessors(device: torch.device) -> int:
     """How many the device has; the interpreter is given a few, so that each has several tiles."""
     if device.type == "cpu":
         return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return device_properties(device).multi_processor_count

@@ -4,7 +4,8 @@
     dA = dSᵀ·drop(x), dB = dyᵀ·S        a sum over rows, split among programs: partial sums, added in order
     dS and dB together                  one pass over dy, where the rank is small
 
-They are bound by the memory that x or dy is read from; a factor comes in the parts of `parts`. Sums are float32.
+They are bound by the memory that x or dy is read from; a factor comes in the parts of `parts`. Sums are in
+float32.
 """
 
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorakernels.launching import launch
 from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 from lorakernels.ops.lora_linear.triton.parts import LEFT, Layout, Parts, store_parts
 from lorakernels.ops.lora_linear.triton.target import precision, thin_options
@@ -56,7 +58,9 @@ SUM_PROGRAMS = {16: 396, 32: 264, 64: 132}
 
 
 @triton.jit
-def add_product(high_sum, low_sum, x, high, low, LOW: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(
+    high_sum, low_sum, x, high, low, LOW: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr
+):
     """high_sum + x·high and low_sum + x·low, in one sum where low is not shifted."""
     high_sum = tl.dot(x, high, high_sum, input_precision=PRECISION)
     if LOW:
@@ -172,7 +176,9 @@ def lora_linear_backward_kernel(
     col_ok, kept = cols < N - first_col, ranks < RANKS
     begin = tl.program_id(1) * split_length
     end = tl.minimum(begin + split_length, M)
-    b_at = b_ptr + (first_col + cols).to(tl.int64)[:, None] * stride_bn + ranks[None, :].to(tl.int64) * stride_br
+    b_at = (
+        b_ptr + (first_col + cols).to(tl.int64)[:, None] * stride_bn + ranks[None, :].to(tl.int64) * stride_br
+    )
     b_high = tl.load(b_at, mask=col_ok[:, None], other=0.0)  # [BLOCK_N, BLOCK_R]
     b_low = b_high
     if B_LOW:
@@ -280,7 +286,8 @@ def shrink(
     s = torch.empty(m, layout.rank, dtype=torch.float32, device=x.device) if wide else None
     left = layout.left(m, x)
     s_like = left.values if s is None else s
-    lora_linear_shrink_kernel[(triton.cdiv(m, block_m), layout.width // layout.block)](
+    launch(
+        lora_linear_shrink_kernel, (triton.cdiv(m, block_m), layout.width // layout.block),
         x, factor.values, s_like, left.values, seed,
         m, k, layout.rank,
         x.stride(0), *factor.values.stride(), s_like.stride(0), left.values.stride(0),
@@ -293,7 +300,7 @@ def shrink(
 
 
 def both_thin_gradients(layout: Layout, dy: Tensor, b: Parts, s: Parts) -> tuple[Tensor, Tensor]:
-    """Partial sums of dy·B [N blocks, M, ranks] and of dyᵀ·S [splits, N, ranks], in one pass over dy [M, N]."""
+    """Partial sums of dy·B [N blocks, M, ranks] and dyᵀ·S [splits, N, ranks], in one pass over dy [M, N]."""
     m, n = dy.shape
     tile = _narrowed(PASS_TILES[dy.element_size()], dy, 0.0)
     blocks = triton.cdiv(n, tile.columns)
@@ -301,7 +308,8 @@ def both_thin_gradients(layout: Layout, dy: Tensor, b: Parts, s: Parts) -> tuple
     ranks = layout.partial_ranks
     ds = torch.empty(blocks, m, ranks, dtype=torch.float32, device=dy.device)
     db = torch.empty(splits, n, ranks, dtype=torch.float32, device=dy.device)
-    lora_linear_backward_kernel[(blocks, splits)](
+    launch(
+        lora_linear_backward_kernel, (blocks, splits),
         dy, b.values, s.values, ds, db,
         m, n, length,
         dy.stride(0), *b.values.stride(), s.values.stride(0),
@@ -319,7 +327,8 @@ def sum_over_rows(layout: Layout, x: Tensor, factor: Parts, dropout_p: float, se
     blocks, rank_blocks = triton.cdiv(k, tile.columns), layout.width // layout.block
     splits, length = _split(m, tile.rows, SUM_PROGRAMS[layout.block] // (blocks * rank_blocks))
     partial = torch.empty(splits, k, layout.partial_ranks, dtype=torch.float32, device=x.device)
-    lora_linear_sum_kernel[(blocks, splits, rank_blocks)](
+    launch(
+        lora_linear_sum_kernel, (blocks, splits, rank_blocks),
         x, factor.values, partial, seed,
         m, k, length,
         x.stride(0), factor.values.stride(0),

@@ -47,7 +47,12 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Chip:
-    """What the choice of a GEMM depends on: CUDA's major version, 0 for others, and shared memory in bytes."""
+    """What the choice of a GEMM depends on.
+
+    Attributes:
+        major: of CUDA's compute capability, 0 for other GPUs.
+        shared_limit: bytes of shared memory that one block may use.
+    """
 
     major: int
     shared_limit: int

@@ -1,7 +1,7 @@
 """The GEMM with the update on chips that have a tensor memory accelerator (CUDA from 9.0 on).
 
-One persistent kernel: a program for each multiprocessor walks over the tiles, and the loop over tiles is one with
-that over K, so that the operands of the next tile are on their way while a result is stored. The update is
+One persistent kernel: a program for each multiprocessor walks over the tiles, and the loop over tiles is one
+with that over K, so that the operands of the next tile are on their way while a result is stored. The update is
 further trips of the K loop, which select another pair of descriptors.
 """
 
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lorakernels.launching import launch
 from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 from lorakernels.ops.lora_linear.triton.order import GROUP_M, tile_origin
 from lorakernels.ops.lora_linear.triton.parts import Parts
@@ -28,12 +29,9 @@ DESCRIPTORS = 4096
 
 @triton.jit
 def add_block(acc, p_desc, q_desc, row, col, k, BY_ROWS: tl.constexpr):
-    """acc + p·qᵀ over the columns from k on that a block of the descriptors spans; q is stored by rows or not."""
+    """acc + p·qᵀ over the block of columns from k on; q is stored [N, K], or [K, N] where not BY_ROWS."""
     p = p_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
-    if BY_ROWS:
-        q = q_desc.load([col, k]).T
-    else:
-        q = q_desc.load([k, col])
+    q = q_desc.load([col, k]).T if BY_ROWS else q_desc.load([k, col])  # [BLOCK_K, BLOCK_N]
     return tl.dot(p, q, acc)
 
 
@@ -92,7 +90,7 @@ def lora_linear_tma_kernel(
 
 
 def addressable(x: Tensor, weight: Tensor) -> bool:
-    """Whether the accelerator can address x [M, K], weight [N, K] in its storage order, and rows of N results."""
+    """Whether x [M, K], weight [N, K] in its storage order, and rows of N results are where it can address."""
     size, stored = x.element_size(), weight if weight.stride(1) == 1 else weight.T
     strides = x.stride(0), stored.stride(0), weight.shape[0]
     return (
@@ -124,7 +122,8 @@ def product(
     block_weight = (tile.block_n, tile.block_k) if by_rows else (tile.block_k, tile.block_n)
     programs = multiprocessors(x.device)
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    lora_linear_tma_kernel[(min(programs, tiles),)](
+    launch(
+        lora_linear_tma_kernel, (min(programs, tiles),),
         descriptor(x, block_x), descriptor(weight, block_weight),
         descriptor(left_operand, block_x), descriptor(right_operand, block_weight), descriptor(y, block_y),
         x if bias is None else bias, seed,

@@ -46,6 +46,19 @@ def test_errors_that_were_measured_on_a_gpu_pass(y, da, db, roundings, problem, 
     assert check.failures(results, problem, roundings=roundings, exact=exact) == []
 
 
+def test_one_direction_is_exact_without_the_other(problem, exact, monkeypatch):
+    monkeypatch.setattr(check, "EXACT_ROWS", 3000)
+    multiplier = (torch.rand(M, K, generator=torch.Generator().manual_seed(2)) < 0.5) / 0.5
+    for kept, both in ((None, exact), (multiplier, check.exact_results(problem, multiplier))):
+        found = {}
+        for direction, names in {"forward": {"y", "S"}, "backward": {"dx", "dA", "dB", "S", "dS"}}.items():
+            one = check.exact_results(problem, kept, directions=(direction,)).named
+            assert set(one) == names
+            found |= one
+        for name, right in found.items():
+            torch.testing.assert_close(right, both.named[name], rtol=1e-12, atol=1e-12)
+
+
 def test_thin_factors_in_16_bits_do_not(problem, exact):
     """S and dS rounded, everything else exact: in y a structure, in dA and dB 1.7e-3."""
     right = dict(zip(check.RESULTS, exact.results, strict=True))

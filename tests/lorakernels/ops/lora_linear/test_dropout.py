@@ -11,9 +11,9 @@ import triton.language as tl
 
 from lorakernels import lora_linear
 from lorakernels.ops.lora_linear import aten, check, implementations, reference
-from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 from lorakernels.ops.lora_linear.problem import Problem
 from lorakernels.ops.lora_linear.reference import keep_mask
+from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 
 DTYPES = ((torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float16,) * 2)
 WAYS = [*itertools.product(("reference", "aten", "aten-wide", "triton"), DTYPES)]
@@ -33,7 +33,7 @@ def mask_kernel(mask_ptr, seed_ptr, first_row, n_rows, n_columns, dropout_p, BLO
 
 def implementation(name: str, device: str) -> implementations.Implementation:
     x = torch.zeros(1, 1, device=device)
-    return implementations.select(Problem(x, x, None, x, x, 1.0, 0.5, x), name)
+    return implementations.select(Problem(x, x, None, x, x, 1.0, 0.5, x), name, "forward")
 
 
 def kernel_mask(

@@ -93,14 +93,18 @@ TRITON = {
     "low part of S": one_pass("s_high, s_low, S_LOW, SHIFT", "s_high, s_low, 0, SHIFT", {"dB"}),
     "M mask of dA": sums("row_ok = rows < end - m", "row_ok = rows < M", {"dA"}),
     "low part of dS": sums("high, low, LOW, SHIFT", "high, low, 0, SHIFT", {"dA"}),
-    "low part of S, apart": sums("high, low, LOW, SHIFT", "high, low, 0, SHIFT", {"dA", "dB"}, rank=TWO_PASSES),
+    "low part of S, apart": sums(
+        "high, low, LOW, SHIFT", "high, low, 0, SHIFT", {"dA", "dB"}, rank=TWO_PASSES
+    ),
     "K mask": pointer("tl.where(update, R, K),", "tl.where(update, R, K + BLOCK_K),", {"y", "dx"}),
     "rank mask": pointer("tl.where(update, R, K),", "tl.where(update, R + BLOCK_K, K),", {"y", "dx"}),
     "update": pointer("trips = trips_k + tl.cdiv(R, BLOCK_K)", "trips = trips_k", {"y", "dx"}),
     "bias": pointer("    if BIAS:", "    if BIAS and M < 0:", {"y"}),
     "update by TMA": tma("range(trips_k + trips_r)", "range(trips_k)", {"y", "dx"}),
     "first block of the update by TMA": tma("(trip - trips_k) * BLOCK_K", "trip * BLOCK_K", {"y", "dx"}),
-    "last tiles by TMA": tma("blocks_m * blocks_n, PROGRAMS", "blocks_m * blocks_n - 1, PROGRAMS", {"y", "dx"}),
+    "last tiles by TMA": tma(
+        "blocks_m * blocks_n, PROGRAMS", "blocks_m * blocks_n - 1, PROGRAMS", {"y", "dx"}
+    ),
     "bias by TMA": tma("        if BIAS:", "        if BIAS and M < 0:", {"y"}),
     "update by the vendor": vendor("return y.addmm_", "return y\n    y.addmm_", {"y", "dx"}),
     "bias by the vendor": vendor("if bias is None else", "if True else", {"y"}),
@@ -275,7 +279,13 @@ OTHERS = {
 def describes(module: ModuleType, tensor: OnDevice, block: tuple[int, int]) -> bool:
     """Whether the descriptor that is handed out is that of the tensor."""
     got = module.descriptor(tensor, block)
-    found = (got.base.data_ptr(), tuple(got.shape), tuple(got.strides), got.base.dtype, tuple(got.block_shape))
+    found = (
+        got.base.data_ptr(),
+        tuple(got.shape),
+        tuple(got.strides),
+        got.base.dtype,
+        tuple(got.block_shape),
+    )
     return found == (tensor.address, tensor.shape, tensor.strides, tensor.dtype, block)
 
 
