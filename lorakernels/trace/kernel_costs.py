@@ -1,7 +1,8 @@
 """Bytes and FLOPs of one launch of a Triton kernel: what each kernel reads, writes and multiplies.
 
 A program of a thin kernel handles a block of ranks: x or dy is read once for every such block, the third
-dimension of the grid. FLOPs count the parts into which a float32 factor is split beside 16 bits.
+dimension of the grid. FLOPs count the parts into which a float32 factor is split beside 16 bits. What a
+program reads again while it is in the cache, the rows of a layer norm, is counted once.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 from lorakernels.trace.record import Launch, described, footprint, is_wide
 
 PARTS = 3  # of a split factor
+PARTS_OF_A = 2  # of A, where it is split beside a layer norm
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ def _sum_over_rows(call: _Call) -> _Cost:
     return read, call.bytes("partial"), parts * call.products(call["M"], call["K"])
 
 
+def _layer_norm_shrink(call: _Call) -> _Cost:
+    parts = PARTS_OF_A if call["SPLIT"] else 1
+    read = call.bytes("x", "norm_weight", "norm_bias", "lora_a")
+    return read, call.bytes("h", "s", "mean", "rstd"), parts * call.products(call["M"], call["K"])
+
+
 def _softmax(call: _Call) -> _Cost:
     # the gradient takes a second reading
     logits, again = call.bytes("logits"), int(call["WITH_GRADIENT"])
@@ -88,6 +96,7 @@ COSTS: dict[str, Callable[[_Call], _Cost]] = {
     "lora_linear_forward_kernel": _product,
     "lora_linear_backward_kernel": _one_pass,
     "lora_linear_backward_a_kernel": _sum_over_rows,
+    "layer_norm_shrink_kernel": _layer_norm_shrink,
     "linear_cross_entropy_forward_kernel": _softmax,
     "linear_cross_entropy_backward_kernel": _softmax_again,
 }

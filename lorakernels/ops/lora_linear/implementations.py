@@ -152,10 +152,7 @@ def _named(x: Tensor, dropout_p: float, backend: str) -> tuple[Implementation, .
     """The implementations of that name, or of that name before the colon."""
     family = backend.split(":")[0]
     if family == "triton":
-        if x.dtype == torch.float64:
-            raise ValueError("backend: 'triton' computes in at most float32, got x in float64")
-        if x.device.type == "cpu" and not _interpreting():
-            raise ValueError("backend: 'triton' on CPU tensors needs TRITON_INTERPRET=1 and Triton installed")
+        check_triton(x)
         offered = triton_implementations(x, dropout_p)
     else:
         offered = (REFERENCE, ATEN, ATEN_WIDE, *_onednn(x))
@@ -165,6 +162,14 @@ def _named(x: Tensor, dropout_p: float, backend: str) -> tuple[Implementation, .
             f"backend: expected one of {', '.join(one.name for one in offered)}, got {backend!r}"
         )
     return named
+
+
+def check_triton(x: Tensor) -> None:
+    """Raise ValueError where Triton cannot run on x: in float64, or on a CPU without its interpreter."""
+    if x.dtype == torch.float64:
+        raise ValueError("backend: 'triton' computes in at most float32, got x in float64")
+    if x.device.type == "cpu" and not _interpreting():
+        raise ValueError("backend: 'triton' on CPU tensors needs TRITON_INTERPRET=1 and Triton installed")
 
 
 def _onednn(x: Tensor) -> tuple[Implementation, ...]:

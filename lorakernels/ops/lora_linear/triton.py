@@ -101,8 +101,11 @@ def forward(problem: Problem, *, tile: Tile | None = None) -> tuple[Tensor, Tens
     """y [M, N] in x's dtype and S [M, r] in float32, scale included; M, N and K are not zero."""
     x, weight, lora_b, seed = _unit_columns(problem.x), problem.weight, problem.lora_b, problem.seed
     with torch.cuda.device_of(x):
-        partial = _shrink(x, problem.lora_a, problem.dropout_p, seed)
-        factor = problem.scale / (1 - problem.dropout_p)
+        if problem.s is None:
+            partial = _shrink(x, problem.lora_a, problem.dropout_p, seed)
+            factor = problem.scale / (1 - problem.dropout_p)
+        else:
+            partial, factor = problem.s[None], 1.0
         s, left = _reduce_and_pack(partial, lora_b.shape[1], factor, x.dtype, _parts(x, lora_b))
         right = _pack(lora_b, x, rank_contiguous=weight.stride(1) == 1)
         return _product(x, weight, problem.bias, left, right, 0.0, seed, tile), s
@@ -209,7 +212,7 @@ def _reduce_and_pack(
     partial: Tensor, rank: int, scale: float, dtype: torch.dtype, parts: int
 ) -> tuple[Tensor, Tensor]:
     """scale·Σ partial as [rows, rank] in float32 and, in dtype, as the left factor of the GEMM."""
-    rows, padded = partial.shape[1:]
+    rows, (_, padded) = partial.shape[1], _rank_blocks(rank)
     total = torch.empty(rows, rank, dtype=torch.float32, device=partial.device)
     packed = torch.empty(rows, parts * padded, dtype=dtype, device=partial.device)
     _launch_reduce(partial, total, packed, rank, scale, PACKED_LEFT, parts)
