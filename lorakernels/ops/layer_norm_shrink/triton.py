@@ -14,6 +14,14 @@ from lorakernels.ops.layer_norm_shrink.reference import Problem, Results
 from lorakernels.ops.lora_linear.kernels import dropout_keep, split_factor
 from lorakernels.ops.lora_linear.triton import ThinTile, precision
 
+# By element size, for ranks up to SMALL_RANK and above; of few registers, so that an H100 holds all programs
+# of 8,192 16-bit rows at once, up to rank 64.
+SMALL_RANK = 16
+TILES = {
+    2: (ThinTile(16, 128, 4, 3), ThinTile(32, 64, 8, 3)),
+    4: (ThinTile(16, 128, 4, 2), ThinTile(32, 32, 8, 2)),
+}
+
 
 @triton.jit
 def layer_norm_shrink_kernel(
@@ -59,7 +67,8 @@ def layer_norm_shrink_kernel(
 
     mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
     squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
+    # without a product in it a loop is pipelined on request only
+    for k in tl.range(0, K, BLOCK_K, num_stages=4):
         ok = row_ok[:, None] & (columns < K - k)[None, :]
         x = tl.load(x_row_ptr + k + columns[None, :], mask=ok, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_K]
         count = tl.minimum(BLOCK_K, K - k).to(tl.float32)
@@ -74,8 +83,7 @@ def layer_norm_shrink_kernel(
     tl.store(mean_ptr + rows, mean, mask=row_ok)
     tl.store(rstd_ptr + rows, rstd, mask=row_ok)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    acc_low = acc
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_R if SPLIT else BLOCK_R), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         k_ok = columns < K - k
         ok = row_ok[:, None] & k_ok[None, :]
@@ -98,12 +106,12 @@ def layer_norm_shrink_kernel(
             h = tl.where(keep, h, 0.0)
         if SPLIT:
             high, low, _ = split_factor(lora_a, h.dtype, SHIFT)
-            acc = tl.dot(h, high, acc)
-            acc_low = tl.dot(h, low, acc_low)
-        else:
-            acc = tl.dot(h, lora_a, acc, input_precision=PRECISION)
+            # side by side, rank by rank
+            lora_a = tl.reshape(tl.join(high, low), (BLOCK_K, 2 * BLOCK_R))
+        acc = tl.dot(h, lora_a, acc, input_precision=PRECISION)
     if SPLIT:
-        acc += acc_low * (1.0 / SHIFT)
+        high, low = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_R, 2)))
+        acc = high + low * (1.0 / SHIFT)
     s_tile_ptr = s_ptr + rows[:, None] * stride_sm + ranks[None, :]
     tl.store(s_tile_ptr, acc * scale, mask=row_ok[:, None] & rank_ok[None, :])
 
@@ -113,7 +121,7 @@ def forward(problem: Problem) -> Results:
     x, lora_a = problem.x, problem.lora_a
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     (m, k), rank = x.shape, lora_a.shape[0]
-    tile = tile_of(x.dtype, rank)
+    tile, columns = tile_of(x.dtype, rank), max(16, triton.next_power_of_2(k))
     h = torch.empty(m, k, dtype=x.dtype, device=x.device)
     s, mean, rstd = (torch.empty(m, size, dtype=torch.float32, device=x.device) for size in (rank, 1, 1))
     with torch.cuda.device_of(x):
@@ -123,8 +131,8 @@ def forward(problem: Problem) -> Results:
             m, k, rank,
             x.stride(0), lora_a.stride(0), lora_a.stride(1), h.stride(0), s.stride(0),
             problem.eps, problem.scale / (1 - problem.dropout_p), problem.dropout_p,
-            BLOCK_M=tile.rows, BLOCK_K=min(tile.columns, max(16, triton.next_power_of_2(k))),
-            BLOCK_R=max(16, triton.next_power_of_2(rank)),
+            BLOCK_M=tile.rows, BLOCK_K=min(tile.columns, columns),
+            BLOCK_R=max(8 if x.dtype != lora_a.dtype else 16, triton.next_power_of_2(rank)),
             DROPOUT=problem.dropout_p > 0, SPLIT=x.dtype != lora_a.dtype,
             # float16 has no exponents to spare for a low part
             SHIFT=2048.0 if x.dtype == torch.float16 else 1.0,
@@ -134,7 +142,6 @@ def forward(problem: Problem) -> Results:
 
 
 def tile_of(dtype: torch.dtype, rank: int) -> ThinTile:
-    """Rows and columns of x that a program reads at a time, for x of that dtype."""
-    if rank <= 16:
-        return ThinTile(16, 512, 4, 2) if dtype.itemsize == 2 else ThinTile(16, 128, 4, 2)
-    return ThinTile(32, 128, 8, 3) if dtype.itemsize == 2 else ThinTile(32, 64, 8, 2)
+    """What a program reads of x at a time, for x of that dtype and the rank of A."""
+    small, large = TILES[dtype.itemsize]
+    return small if rank <= SMALL_RANK else large
