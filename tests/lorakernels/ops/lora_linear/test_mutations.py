@@ -5,11 +5,8 @@ padding of a rank, which meets zeros. So is the third part of a factor in the th
 results, below what the rule allows.
 """
 
-import importlib.util
 import itertools
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ import torch
 from lorakernels.ops.lora_linear import aten, check, implementations, kernels
 from lorakernels.ops.lora_linear import triton as launchers
 from lorakernels.ops.lora_linear.reference import keep_mask
+from tests.lorakernels.changed_module import changed
 
 DTYPES = (torch.bfloat16, torch.float16)
 M, N, K, R = 150, 90, 140, 5  # no multiple of any block, and every sum is split
@@ -75,23 +73,6 @@ ATEN = {
         "return high + (mid + low / shift) / shift", "return high", {"y", "dx", "dA", "dB"},
     ),
 }  # fmt: skip
-
-
-def changed(module, start: str, line: str, replacement: str, folder: Path, everywhere=()):
-    """module from a copy of its source, in which line is replaced where it first stands after start."""
-    source = Path(module.__file__).read_text()
-    for before, after in everywhere:
-        assert before in source, f"{before!r} is no longer there: update the mutation"
-        source = source.replace(before, after)
-    at = source.index(start)
-    assert line in source[at:], f"{line!r} is no longer after {start}: update the mutation"
-    path = folder / "changed.py"
-    path.write_text(source[:at] + source[at:].replace(line, replacement, 1))
-    spec = importlib.util.spec_from_file_location("changed", path)
-    copy = importlib.util.module_from_spec(spec)
-    sys.modules["changed"] = copy
-    spec.loader.exec_module(copy)
-    return copy
 
 
 def embedded(tensor: torch.Tensor) -> torch.Tensor:
