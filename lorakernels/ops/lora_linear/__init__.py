@@ -65,8 +65,9 @@ def lora_linear(
     _check_tensors(x, weight, bias, lora_a, lora_b)
     check_options(scale, dropout_p, backend, BACKENDS)
     p = float(dropout_p) if training else 0.0
-    s, seed = (None, None) if shrunk is None else shrunk
-    if s is not None and seed is not None:
+    s = seed = None
+    if shrunk is not None:
+        s, seed = shrunk
         _check_shrunk(s, seed, x, lora_a, p)
     y, _, _ = _forward_op(x, weight, bias, lora_a, lora_b, float(scale), p, backend, s, seed)
     return y

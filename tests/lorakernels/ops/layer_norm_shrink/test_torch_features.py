@@ -121,7 +121,7 @@ def test_only_x_asks_for_a_gradient(device):
     """A first layer's h needs none, though lora_a is trained: no product is made for it."""
     made = Composition(device)
     h, s, seed = layer_norm_shrink(made.x, *made.norm, made.lora_a, made.scale)
-    assert not (h.requires_grad or s.requires_grad or seed.requires_grad)
+    assert [one.requires_grad for one in (h, s, seed)] == [False] * 3
     made(made.x).sum().backward()
     assert made.lora_a.grad is not None
 
@@ -213,7 +213,7 @@ NO_SEED, SEED = torch.empty(0, dtype=torch.int64), torch.ones(1, dtype=torch.int
 @pytest.mark.parametrize(
     ("shrunk", "dropout_p", "error", "message"),
     [
-        ((torch.randn(3, 3), NO_SEED), 0.0, ValueError, r"expected S of shape \[3, 2\], got \[3, 3\]"),
+        ((torch.randn(3, 3), NO_SEED), 0.0, ValueError, r"S of shape \[3, 2\], got \[3, 3\]"),
         ((torch.randn(3, 2), SEED), 0.0, ValueError, r"a seed of shape \[0\] for dropout 0.0, got \[1\]"),
         ((torch.randn(3, 2), NO_SEED), 0.5, ValueError, r"a seed of shape \[1\] for dropout 0.5, got \[0\]"),
         ((torch.randn(3, 2).half(), NO_SEED), 0.0, TypeError, "S in torch.float32, got torch.float16"),
