@@ -4,6 +4,7 @@ from lorakernels.dispatch import kernel_choices, kernel_report, use_kernel_choic
 from lorakernels.modules import LoRALinear, RowParts
 from lorakernels.ops.alibi_attention import AttentionMask, alibi_attention, alibi_slopes, attention_mask
 from lorakernels.ops.frozen_linear import frozen_linear
+from lorakernels.ops.layer_norm_shrink import layer_norm_shrink
 from lorakernels.ops.linear_cross_entropy import linear_cross_entropy
 from lorakernels.ops.lora_linear import lora_linear
 
@@ -17,6 +18,7 @@ __all__ = [
     "frozen_linear",
     "kernel_choices",
     "kernel_report",
+    "layer_norm_shrink",
     "linear_cross_entropy",
     "lora_linear",
     "use_kernel_choices",

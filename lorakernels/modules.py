@@ -151,8 +151,8 @@ class LoRALinear(nn.Module):
         """N, as in nn.Linear."""
         return self.weight.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N]; see lora_linear."""
+    def forward(self, x: Tensor, shrunk: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [..., K] to [..., N]; shrunk as in lora_linear."""
         return lora_linear(
             x,
             self.weight,
@@ -163,6 +163,7 @@ class LoRALinear(nn.Module):
             dropout_p=self.dropout_p,
             training=self.training,
             backend=self.backend,
+            shrunk=shrunk,
         )
 
     @torch.no_grad()

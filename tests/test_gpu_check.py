@@ -179,6 +179,14 @@ def without_bias(operator):
     return lambda query, key, value, slopes, **options: operator(query, key, value, slopes * 0, **options)
 
 
+def scaled_first(operator):
+    def run(*inputs, **options):
+        first, *others = operator(*inputs, **options)
+        return first * 1.1, *others
+
+    return run
+
+
 def without_dropout(operator):
     return lambda *inputs, dropout_p=0.0, **options: operator(*inputs, **options)
 
@@ -196,6 +204,7 @@ MUTATIONS = {
     "bias": ("alibi_attention", without_bias, attention_items.check_shape, ODD_SHAPE),
     "loss": ("linear_cross_entropy", scaled, dense_items.check_loss, {"dtype": "fp32"}),
     "frozen": ("frozen_linear", scaled, dense_items.check_frozen, {"dtype": "bf16"}),
+    "norm": ("layer_norm_shrink", scaled_first, dense_items.check_norm, {"dtype": "bf16"}),
     "model": ("alibi_attention", only_tensors, model_items.check_model, MODEL),
     "labels": ("ignore_first_labels", ignoring_documents, model_items.check_model, MODEL),
 }

@@ -1,16 +1,20 @@
-"""linear_cross_entropy and frozen_linear against float64."""
+"""linear_cross_entropy, frozen_linear and layer_norm_shrink against float64."""
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu, layer_norm, linear
 
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.lora_items import DTYPES, precision
 from benchmarks.gpu_check.pool import Item, Setting
-from lorakernels import frozen_linear, linear_cross_entropy
+from lorakernels import frozen_linear, layer_norm_shrink, linear_cross_entropy
+from lorakernels.ops.layer_norm_shrink import check as norm_check
+from lorakernels.ops.layer_norm_shrink import implementations as norm_implementations
 from lorakernels.ops.linear_cross_entropy import aten, check
+from lorakernels.ops.lora_linear.reference import keep_mask
 
 # BLOOM's vocabulary
 VOCABULARY = 250_880
@@ -25,10 +29,11 @@ def first() -> list[Item]:
 
 
 def rest() -> list[Item]:
-    """The loss's own implementations at odd sizes, and the frozen linear layer."""
+    """The loss's own implementations at odd sizes, the frozen linear layer, the layer norm with a shrink."""
     return [
         *(Item(f"linear_cross_entropy, odd sizes, {d}", check_odd_loss, {"dtype": d}) for d in DTYPES),
         *(Item(f"frozen_linear, {dtype}", check_frozen, {"dtype": dtype}) for dtype in DTYPES),
+        *(Item(f"layer_norm_shrink, {dtype}", check_norm, {"dtype": dtype}) for dtype in DTYPES),
     ]
 
 
@@ -115,6 +120,33 @@ def check_frozen(findings: Findings, setting: Setting, dtype: str) -> None:
                     f"{name}: {result}", one, exactly, x.dtype,
                     operands=x.dtype, terms=terms, roundings=2,
                 )  # fmt: skip
+
+
+def check_norm(findings: Findings, setting: Setting, dtype: str) -> None:
+    """Every implementation, with float32 adapters and x's own, with dropout, and the operator's dx."""
+    shapes = setting.pick(
+        ((8192, 2048, 8), (8192, 2048, 64), (333, 517, 128), (77, 16_384, 5)), ((40, 48, 8), (13, 51, 70))
+    )
+    for m, k, rank in shapes:
+        for adapter_dtype in dict.fromkeys((torch.float32, DTYPES[dtype])):
+            plain = norm_check.random_problem(m, k, rank, DTYPES[dtype], adapter_dtype, setting.device)
+            seed = torch.tensor([m], device=setting.device)
+            for dropout_p in (0.0, 0.1):
+                problem = replace(plain, dropout_p=dropout_p, seed=seed)
+                multiplier = keep_mask(seed, m, k, dropout_p) / (1 - dropout_p) if dropout_p else None
+                for name in ("reference", "aten", "triton"):
+                    case = f"{m}x{k} r={rank} {adapter_dtype}, dropout {dropout_p}, {name}"
+                    with precision(dtype):
+                        got = norm_implementations.select(plain, name).forward(problem)
+                        wrong = norm_check.failures(got, problem, multiplier)
+                    findings.faults += [f"{case}: {line}" for line in wrong]
+        parameters = (plain.norm_weight, plain.norm_bias, plain.eps)
+        leaf, wide = plain.x.clone().requires_grad_(), plain.x.double().requires_grad_()
+        h, _, _ = layer_norm_shrink(leaf, *parameters, plain.lora_a, plain.scale, backend="triton")
+        exact = layer_norm(wide, [k], parameters[0].double(), parameters[1].double(), plain.eps)
+        dh = torch.randn_like(h)
+        (dx,), (right,) = torch.autograd.grad(h, leaf, dh), torch.autograd.grad(exact, wide, dh.double())
+        findings.compare(f"{m}x{k} r={rank}: dx", dx, right, dx.dtype, operands=dx.dtype, terms=k)
 
 
 def make_loss_problem(

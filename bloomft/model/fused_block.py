@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomBlock, BloomGelu, BloomMLP
 
 from bloomft.model.plain_modules import is_plain
-from lorakernels import AttentionMask, alibi_attention, frozen_linear
+from lorakernels import AttentionMask, LoRALinear, alibi_attention, frozen_linear, layer_norm_shrink
 
 
 class FusedInputs(NamedTuple):
@@ -23,6 +23,7 @@ class FusedInputs(NamedTuple):
     slopes: Tensor  # [heads] float32
     mask: AttentionMask | None  # of the rows' documents; None for queries that follow cached keys
     recompute_input: Callable[[], Tensor] | None = None  # of attention, in backward; None: saved instead
+    shrunk: tuple[Tensor, Tensor] | None = None  # of attention's input, see `lora_linear`
 
 
 class FusedBloomAttention(BloomAttention):
@@ -52,7 +53,10 @@ class FusedBloomAttention(BloomAttention):
                 **kwargs,
             )
         with _recomputed(hidden_states, alibi.recompute_input):
-            fused = self.query_key_value(hidden_states)
+            if alibi.shrunk is None:
+                fused = self.query_key_value(hidden_states)
+            else:
+                fused = self.query_key_value(hidden_states, alibi.shrunk)
         fused = fused.view(*fused.shape[:2], self.num_heads, 3, self.head_dim)
         # unbind, since its backward writes the three gradients into one tensor, in one pass
         query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))  # [B, heads, T, D] each
@@ -75,7 +79,10 @@ class FusedBloomAttention(BloomAttention):
 
 
 class FusedBloomBlock(BloomBlock):
-    """BLOOM's block; the layer norm before query_key_value is recomputed in backward, not saved."""
+    """BLOOM's block; the layer norm before query_key_value is recomputed in backward, not saved.
+
+    On a GPU that layer norm and the first product of an adapted query_key_value are one operator.
+    """
 
     def forward(
         self,
@@ -92,10 +99,60 @@ class FusedBloomBlock(BloomBlock):
         # A compiler decides for itself what to save.
         if isinstance(alibi, FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
             alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
+            if self._shrinks_in_norm(hidden_states):
+                return self._forward_from_shrink(
+                    hidden_states, alibi, attention_mask, layer_past, use_cache, output_attentions
+                )
         unread = cast(Tensor, alibi)  # BloomBlock only passes it on to attention
         return super().forward(
             hidden_states, unread, attention_mask, layer_past, use_cache, output_attentions, **kwargs
         )
+
+    def _shrinks_in_norm(self, hidden_states: Tensor) -> bool:
+        """Whether `layer_norm_shrink` may stand for the input's layer norm, which is plain.
+
+        Not on a CPU, where there is nothing to gain; not where a hook may change or replace what the layer
+        norm hands on, nor under autocast, where it is in float32.
+        """
+        attention, norm = self.self_attention, self.input_layernorm
+        layer = attention.query_key_value
+        # a forced Triton runs on a CPU too, interpreted
+        if not (hidden_states.is_cuda or (type(layer) is LoRALinear and layer.backend == "triton")):
+            return False
+        return (
+            is_plain(layer, LoRALinear)
+            and layer.backend in ("auto", "triton")
+            and is_plain(attention, FusedBloomAttention)
+            and norm.weight is not None
+            and norm.bias is not None
+            and _is_frozen(norm.weight, norm.bias)
+            and norm.weight.dtype == norm.bias.dtype == hidden_states.dtype
+            and not torch.is_autocast_enabled(hidden_states.device.type)
+        )
+
+    def _forward_from_shrink(
+        self, hidden_states: Tensor, alibi: FusedInputs, *attention_arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `BloomBlock.forward`, the shrink of query_key_value made with the layer norm before it."""
+        norm, layer = self.input_layernorm, self.self_attention.query_key_value
+        normed, *shrunk = layer_norm_shrink(
+            hidden_states,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            layer.lora_a,
+            layer.scale,
+            dropout_p=layer.dropout_p,
+            training=layer.training,
+            backend=layer.backend,
+        )
+        residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
+        output, weights = self.self_attention(
+            normed, residual, alibi._replace(shrunk=tuple(shrunk)), *attention_arguments
+        )
+        normed = self.post_attention_layernorm(output)
+        residual = normed if self.apply_residual_connection_post_layernorm else output
+        return self.mlp(normed, residual), weights
 
 
 class FusedBloomMLP(BloomMLP):

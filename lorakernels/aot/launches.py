@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorakernels import linear_cross_entropy, lora_linear
+from lorakernels import layer_norm_shrink, linear_cross_entropy, lora_linear
 from lorakernels.aot.chips import Chip
 from lorakernels.ops.lora_linear.implementations import is_aligned
 from lorakernels.ops.lora_linear.triton.tiles import shipped_gemms
@@ -45,6 +45,7 @@ _ROLES = {
     "lora_linear_reduce_kernel": "reduce",
     "lora_linear_backward_kernel": "adapter_grad dS dB",
     "lora_linear_sum_kernel": "adapter_grad dA",
+    "layer_norm_shrink_kernel": "layer norm and shrink",
     "linear_cross_entropy_forward_kernel": "cross entropy forward",
     "linear_cross_entropy_backward_kernel": "cross entropy weight gradient",
 }
@@ -88,6 +89,23 @@ class _Layer:
 
 
 @dataclass(frozen=True)
+class _Norm:
+    """A layer norm with the shrink after it, of a dtype (a key of DTYPES) and sizes M, N and K."""
+
+    dtype: str
+    sizes: tuple[int, int, int]
+    rank: int
+    dropout_p: float
+
+    def __call__(self, trace: Trace) -> None:
+        (m, _, k), (dtype, adapter_dtype) = self.sizes, DTYPES[self.dtype]
+        x, lora_a = _empty(dtype, m, k), _empty(adapter_dtype, self.rank, k)
+        norm_weight, norm_bias = _empty(dtype, k), _empty(dtype, k)
+        with trace.recording("forward"):
+            layer_norm_shrink(x, norm_weight, norm_bias, 1e-5, lora_a, 2.0, dropout_p=self.dropout_p)
+
+
+@dataclass(frozen=True)
 class _Loss:
     """The cross entropy of a trained head; trained: whether hidden is, too."""
 
@@ -108,7 +126,7 @@ def launches(chip: Chip, dtype: str) -> list[Launch]:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
-        return list(dict.fromkeys([*_layers(chip, dtype), *_losses(chip, dtype)]))
+        return list(dict.fromkeys([*_layers(chip, dtype), *_norms(chip, dtype), *_losses(chip, dtype)]))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -139,6 +157,13 @@ def _role(call: KernelCall, direction: str, by_columns: bool) -> str:
     return f"{role}, weight by columns" if by_columns and (call.name in GEMMS or role == "pack") else role
 
 
+def _norms(chip: Chip, dtype: str) -> Iterator[Launch]:
+    for shape, dropout_p, rank in itertools.product(SIZES, (0.0, DROPOUT), RANKS):
+        rare = shape == ODD or (shape == RAGGED and rank != RANKS[-1])
+        for direction, call in _calls(chip, "triton", _Norm(dtype, SIZES[shape], rank, dropout_p)):
+            yield Launch(_role(call, direction, False) + shape, f"rank {rank}", call, rare)
+
+
 def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:
     for shape, trained in itertools.product(LOSS_SIZES, (True, False)):
         for _, call in _calls(chip, "", _Loss(dtype, LOSS_SIZES[shape], trained)):
@@ -146,7 +171,7 @@ def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:
             yield Launch(f"{_ROLES[call.name]}{'' if gradient else ' without gradient'}{shape}", "row", call)
 
 
-def _calls(chip: Chip, backend: str, run: _Layer | _Loss) -> Iterator[tuple[str, KernelCall]]:
+def _calls(chip: Chip, backend: str, run: _Layer | _Norm | _Loss) -> Iterator[tuple[str, KernelCall]]:
     """The passes and kernel calls of run on that chip, in order."""
     reads = {"nonzero": len, "tolist": lambda _: [0, 1]}
     trace = trace_case(Case("compiled", f"lorakernels:{backend}", run, reads), chip)

@@ -1,8 +1,8 @@
 """Bytes and FLOPs of one launch of a Triton kernel: what each kernel reads, writes and multiplies.
 
 A program of a thin kernel handles a block of ranks: x or dy is read once for every such block. FLOPs count
-the parts into which a float32 factor is split beside 16 bits. What programs read again out of the cache is not
-counted.
+the parts into which a float32 factor is split beside 16 bits. What is read again while it is in the cache, such
+as the rows of a layer norm, is counted once.
 """
 
 from collections.abc import Callable
@@ -92,6 +92,12 @@ def _sum(call: _Call) -> _Cost:
     return read, call.bytes("partial"), flops
 
 
+def _layer_norm_shrink(call: _Call) -> _Cost:
+    parts = 2 if call["SPLIT"] else 1
+    read = call.bytes("x", "norm_weight", "norm_bias", "lora_a")
+    return read, call.bytes("h", "s", "mean", "rstd"), parts * call.products(call["M"], call["K"])
+
+
 def _softmax(call: _Call) -> _Cost:
     # the gradient takes a second reading
     logits, again = call.bytes("logits"), int(call["WITH_GRADIENT"])
@@ -112,6 +118,7 @@ COSTS: dict[str, Callable[[_Call], _Cost]] = {
     "lora_linear_tma_kernel": _product,
     "lora_linear_backward_kernel": _one_pass,
     "lora_linear_sum_kernel": _sum,
+    "layer_norm_shrink_kernel": _layer_norm_shrink,
     "linear_cross_entropy_forward_kernel": _softmax,
     "linear_cross_entropy_backward_kernel": _softmax_again,
 }

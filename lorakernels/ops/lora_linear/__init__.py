@@ -30,6 +30,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     backend: str = "auto",
+    shrunk: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """A frozen linear layer with a trainable low-rank update (LoRA, arXiv:2106.09685, section 4.1).
 
@@ -45,24 +46,30 @@ def lora_linear(
         training: False turns dropout off.
         backend: "auto" takes what was measured to be fastest here; the others force one. "triton" needs
             a GPU, or CPU tensors under TRITON_INTERPRET=1.
+        shrunk: S and the dropout seed that `layer_norm_shrink` returned beside this very x for the same
+            lora_a, scale and dropout; None computes them. S is taken as it is, and all gradients are those of
+            S as a function of x and lora_a.
 
     Returns:
         x @ weight.T + bias + scale * (dropout(x) @ lora_a.T) @ lora_b.T, shape [..., N], in x's dtype; under
         autocast in autocast's dtype. Differentiable once in x, lora_a and lora_b.
 
     Raises:
-        ValueError: a shape, device, probability, scale or backend that does not fit, or a weight or bias that
-            asks for a gradient. TypeError: a dtype that does not fit.
+        ValueError: a shape, device, probability, scale or backend that does not fit, or a weight, bias or S
+            that asks for a gradient. TypeError: a dtype that does not fit.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
     # float32 adapters stay: the operator widens them exactly where 16 bits would lose their update
     if lora_a.dtype != torch.float32:
         lora_a, lora_b = cast_for_autocast(lora_a, lora_b)
     _check_tensors(x, weight, bias, lora_a, lora_b)
-    _check_options(scale, dropout_p, backend)
-    y, _, _ = _forward_op(
-        x, weight, bias, lora_a, lora_b, float(scale), float(dropout_p) if training else 0.0, backend
-    )
+    check_options(scale, dropout_p, backend, BACKENDS)
+    p = float(dropout_p) if training else 0.0
+    s = seed = None
+    if shrunk is not None:
+        s, seed = shrunk
+        _check_shrunk(s, seed, x, lora_a, p)
+    y, _, _ = _forward_op(x, weight, bias, lora_a, lora_b, float(scale), p, backend, s, seed)
     return y
 
 
@@ -98,13 +105,32 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tenso
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
 
 
-def _check_options(scale: float, dropout_p: float, backend: str) -> None:
+def _check_shrunk(s: Tensor, seed: Tensor, x: Tensor, lora_a: Tensor, dropout_p: float) -> None:
+    expected = [math.prod(x.shape[:-1]), lora_a.shape[0]]
+    if list(s.shape) != expected:
+        raise ValueError(f"shrunk: expected S of shape {expected}, got {_shape(s)}")
+    if list(seed.shape) != [*seed_shape(dropout_p)]:
+        raise ValueError(
+            f"shrunk: expected a seed of shape {[*seed_shape(dropout_p)]} for dropout {dropout_p}, "
+            f"got {_shape(seed)}"
+        )
+    for name, tensor, dtype in (("S", s, accumulation_dtype(x.dtype)), ("a seed", seed, torch.int64)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"shrunk: expected {name} in {dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"shrunk: expected {name} on x's device {x.device}, got {tensor.device}")
+    if s.requires_grad:
+        raise ValueError("shrunk: expected S without a gradient, got one with requires_grad=True")
+
+
+def check_options(scale: float, dropout_p: float, backend: str, backends: tuple[str, ...]) -> None:
+    """Raise ValueError for a scale, a dropout or a backend that no operator with dropout takes."""
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in backends:
+        raise ValueError(f"backend: expected one of {', '.join(backends)}, got {backend!r}")
 
 
 def _shape(tensor: Tensor) -> list[int]:
@@ -126,26 +152,37 @@ def _forward_op(
     scale: float,
     dropout_p: float,
     backend: str,
+    s: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    seed = x.new_empty(_seed_shape(dropout_p), dtype=torch.int64)
-    if dropout_p:
-        seed.random_()
+    drawn = draw_seed(x, dropout_p) if seed is None else seed
     rows = x.reshape(-1, x.shape[-1])
-    problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    y, s = select(problem, backend, "forward").forward(problem)
+    problem = Problem(rows, weight, bias, lora_a, lora_b, scale, dropout_p, drawn, s=s)
+    y, made = select(problem, backend, "forward").forward(problem)
     # not a view, so that callers may add to y in place
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), s, seed
+    y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    # an operator may not return what it was given: empty tensors stand for that
+    return y, x.new_empty(0) if s is not None else made, drawn if seed is None else seed.new_empty(0)
 
 
 @_forward_op.register_fake
-def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, backend):
+def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, backend, s=None, seed=None):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    s = x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0], dtype=accumulation_dtype(x.dtype))
-    return y, s, x.new_empty(_seed_shape(dropout_p), dtype=torch.int64)
+    made = x.new_empty(0)
+    if s is None:
+        made = x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0], dtype=accumulation_dtype(x.dtype))
+    return y, made, x.new_empty(seed_shape(dropout_p) if seed is None else 0, dtype=torch.int64)
 
 
-def _seed_shape(dropout_p: float) -> tuple[int]:
+def seed_shape(dropout_p: float) -> tuple[int]:
+    """The shape of a dropout seed: one number, none where nothing is dropped."""
     return (1 if dropout_p else 0,)
+
+
+def draw_seed(x: Tensor, dropout_p: float) -> Tensor:
+    """A dropout seed on x's device, int64 `seed_shape`, from torch's generator there."""
+    seed = x.new_empty(seed_shape(dropout_p), dtype=torch.int64)
+    return seed.random_() if dropout_p else seed
 
 
 @torch.library.custom_op("lorakernels::lora_linear_backward", mutates_args=())
@@ -184,11 +221,11 @@ def _(dy, x, weight, bias, lora_a, lora_b, s, seed, scale, dropout_p, backend, n
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.backend = inputs
-    _, s, seed = output
-    # callers do not get s and seed: they need no gradients, and no zeros in their place
-    ctx.mark_non_differentiable(s, seed)
+    x, weight, bias, lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.backend, s, seed = inputs
+    # callers do not get what was made: it needs no gradients, and no zeros in their place
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    s, seed = (made if given is None else given for given, made in zip((s, seed), output[1:], strict=True))
     ctx.save_for_backward(x, weight, bias, lora_a, lora_b, s, seed)
 
 
@@ -199,7 +236,7 @@ def _backward(ctx, dy, _ds, _dseed):
         dy, x, weight, bias, lora_a, lora_b, s, seed, ctx.scale, ctx.dropout_p, ctx.backend, needs
     )
     dx, da, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dx, None, None, da, db, None, None, None
+    return dx, None, None, da, db, None, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

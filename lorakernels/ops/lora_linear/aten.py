@@ -117,7 +117,9 @@ def wide_product_over_rows(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shrink(problem: Problem, product: Product = wide_product) -> Tensor:
-    """S = scale·drop(x)·Aᵀ, [M, r]."""
+    """S = scale·drop(x)·Aᵀ, [M, r]; the problem's own where it is known."""
+    if problem.s is not None:
+        return problem.s
     x, keep = problem.x, kept_inputs(problem)
     dropped = x if keep is None else x * keep
     return product(dropped, problem.lora_a.T) * (problem.scale / (1 - problem.dropout_p))

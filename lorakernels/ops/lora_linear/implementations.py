@@ -206,10 +206,7 @@ def _named(problem: Problem, direction: Direction, backend: str) -> tuple[Implem
     x = problem.x
     family = backend.split(":")[0]
     if family == "triton":
-        if x.dtype == torch.float64:
-            raise ValueError("backend: 'triton' computes in at most float32, got x in float64")
-        if x.device.type == "cpu" and not _interpreting():
-            raise ValueError("backend: 'triton' on CPU tensors needs TRITON_INTERPRET=1 and Triton installed")
+        check_triton(x)
         offered = triton_implementations(problem, direction)
     else:
         offered = (REFERENCE, ATEN, ATEN_WIDE, *_onednn(x))
@@ -219,6 +216,14 @@ def _named(problem: Problem, direction: Direction, backend: str) -> tuple[Implem
             f"backend: expected one of {', '.join(one.name for one in offered)}, got {backend!r}"
         )
     return named
+
+
+def check_triton(x: Tensor) -> None:
+    """Raise ValueError where Triton cannot run on x: in float64, or on a CPU without its interpreter."""
+    if x.dtype == torch.float64:
+        raise ValueError("backend: 'triton' computes in at most float32, got x in float64")
+    if x.device.type == "cpu" and not _interpreting():
+        raise ValueError("backend: 'triton' on CPU tensors needs TRITON_INTERPRET=1 and Triton installed")
 
 
 def _onednn(x: Tensor) -> tuple[Implementation, ...]:

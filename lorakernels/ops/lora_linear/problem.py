@@ -1,6 +1,6 @@
 """What every implementation of the LoRA linear is given."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -31,6 +31,7 @@ class Problem:
         scale: multiplies B·A.
         dropout_p: probability in [0, 1).
         seed: int64 [1], the dropout mask (see `keep_mask`); [0] where dropout_p is 0.
+        s: S of this very x and seed where it is known, which forward then returns; None where it computes it.
     """
 
     x: Tensor
@@ -41,3 +42,4 @@ class Problem:
     scale: float
     dropout_p: float
     seed: Tensor
+    s: Tensor | None = field(default=None, kw_only=True)

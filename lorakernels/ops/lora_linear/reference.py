@@ -100,14 +100,21 @@ def plain_lora_linear(
     return (linear(x, weight, bias) + scale * linear(inner, lora_b)).to(x.dtype)
 
 
+def shrink(x: Tensor, lora_a: Tensor, scale: float, dropout_p: float, keep: Tensor | None) -> Tensor:
+    """S = scale·drop(x)·Aᵀ, [M, r] in `accumulation_dtype`; keep [M, K] is dropout's mask, or None."""
+    wide = accumulation_dtype(x.dtype)
+    dropped = x.to(wide) if keep is None else x.to(wide) * keep / (1 - dropout_p)
+    return scale * linear(dropped, lora_a.to(wide))
+
+
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """y [M, N] in x's dtype and S [M, r] in `accumulation_dtype`, scale included; only y is rounded."""
-    x, bias, keep = problem.x, problem.bias, kept_inputs(problem)
+    x, bias = problem.x, problem.bias
     wide = accumulation_dtype(x.dtype)
-    wide_x = x.to(wide)
-    dropped = wide_x if keep is None else wide_x * keep / (1 - problem.dropout_p)
-    s = problem.scale * linear(dropped, problem.lora_a.to(wide))
-    frozen = linear(wide_x, problem.weight.to(wide), None if bias is None else bias.to(wide))
+    s = problem.s
+    if s is None:
+        s = shrink(x, problem.lora_a, problem.scale, problem.dropout_p, kept_inputs(problem))
+    frozen = linear(x.to(wide), problem.weight.to(wide), None if bias is None else bias.to(wide))
     return (frozen + linear(s, problem.lora_b.to(wide))).to(x.dtype), s
 
 

@@ -2,12 +2,14 @@
 
 import copy
 import math
+import os
 import sys
 
 import pytest
 import torch
 
 from benchmarks.baselines.rounded_model import ROUNDINGS, gradient_bound, round_modules
+from benchmarks.interpreter import correct_bfloat16
 from bloomft.model.patch import adapted_layers, patch_bloom
 from lorakernels.tolerance import relative_error
 from tests.bloomft.conftest import tiny_model
@@ -83,6 +85,24 @@ def gradient_failures(dtype: torch.dtype, ours, exact, rounded) -> list[str]:
 def test_gradients_are_as_near_to_float64_as_the_dtype_allows(dtype, masked):
     for seed in range(4):
         ours, exact, rounded, _ = results(dtype, seed, masked)
+        assert gradient_failures(dtype, ours, exact, rounded) == []
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels on CPU tensors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_so_are_those_with_the_shrink_in_the_layer_norm(dtype, monkeypatch):
+    correct_bfloat16()
+    shipped = patched
+
+    def by_kernels(model, values):
+        model, parameters = shipped(model, values)
+        for layer in adapted_layers(model).values():
+            layer.backend = "triton"
+        return model, parameters
+
+    monkeypatch.setattr(sys.modules[__name__], "patched", by_kernels)
+    for seed in range(2):
+        ours, exact, rounded, _ = results(dtype, seed, 20)
         assert gradient_failures(dtype, ours, exact, rounded) == []
 
 

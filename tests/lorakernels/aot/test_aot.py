@@ -48,7 +48,8 @@ def test_every_kernel_is_compiled_at_every_rank_and_for_ragged_rows(records):
         return {(one["arch"], one["tile"]) for one in records if one["role"] == role}
 
     every_rank = {(arch, f"rank {rank}") for arch in ARCHS for rank in (8, 16, 64)}
-    for role in ("shrink", "adapter_grad dS dB", "adapter_grad dA", "reduce", "reduce and pack", "pack"):
+    thin = ("shrink", "adapter_grad dS dB", "adapter_grad dA", "reduce", "reduce and pack", "pack")
+    for role in (*thin, "layer norm and shrink", "layer norm and shrink with dropout"):
         assert compiled(role) == every_rank
         assert compiled(f"{role}, ragged") == {(arch, "rank 64") for arch in ARCHS}
     for role in ("forward", "dx", "dx with dropout"):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.baselines.cross_entropy import full_logits
-from lorakernels import cpu_gemm, frozen_linear, linear_cross_entropy, lora_linear
+from lorakernels import cpu_gemm, frozen_linear, layer_norm_shrink, linear_cross_entropy, lora_linear
 from lorakernels.ops.linear_cross_entropy import aten as loss_in_aten
 from lorakernels.ops.lora_linear import implementations
 from lorakernels.ops.lora_linear.problem import Problem
@@ -95,6 +95,40 @@ def test_lora_linear(backend, chosen, dtype, dropout_p, device):
     needs = (True, True, True)
     gradients = run.backward(problem, dy, s, needs)
     assert_close([y, *gradients], [exact_y, *exact_gradients], BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
+@settings(max_examples=40, **REPEATABLE)
+@given(
+    chosen=st.fixed_dictionaries(
+        dict.fromkeys(("norm_weight", "norm_bias", "lora_a", "dh"), layouts)
+        # a row of one value has no variance, and its gradient is rounding alone
+        | {"x": st.sampled_from([name for name in LAYOUTS if name != "one column expanded"])}
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), dropout_p=st.sampled_from([0.0, 0.5]),
+)  # fmt: skip
+def test_layer_norm_shrink(backend, chosen, dtype, dropout_p, device):
+    shapes = {"x": (33, 40), "norm_weight": (40,), "norm_bias": (40,), "dh": (33, 40)}
+    laid_out = {
+        name: LAYOUTS[chosen[name]](normal(*shape, seed=seed, dtype=dtype, device=device))
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+    x, norm_weight, norm_bias, dh = laid_out.values()
+    lora_a = LAYOUTS[chosen["lora_a"]](normal(5, 40, seed=4, device=device))
+    leaf, exact = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    h, s, seed = layer_norm_shrink(
+        leaf, norm_weight, norm_bias, 1e-5, lora_a, 2.0, dropout_p=dropout_p, backend=backend
+    )
+    exact_h = torch.nn.functional.layer_norm(exact, [40], norm_weight.double(), norm_bias.double(), 1e-5)
+    multiplier = keep_mask(seed, 33, 40, dropout_p) / (1 - dropout_p) if dropout_p else 1
+    exact_s = 2.0 * (h.detach().double() * multiplier) @ lora_a.double().T
+    assert_close([h, s], [exact_h, exact_s], BOUNDS[dtype])
+    if "expanded" not in chosen["dh"]:  # whose gradient may cancel
+        gradients = [
+            torch.autograd.grad(one, at, dy)[0]
+            for one, at, dy in ((h, leaf, dh), (exact_h, exact, dh.double()))
+        ]
+        assert_close(gradients[:1], gradients[1:], BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("backend", ["reference", "aten", "onednn", "triton"])

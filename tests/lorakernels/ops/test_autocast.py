@@ -10,6 +10,7 @@ from lorakernels import (
     alibi_slopes,
     cpu_gemm,
     frozen_linear,
+    layer_norm_shrink,
     linear_cross_entropy,
     lora_linear,
 )
@@ -26,6 +27,11 @@ def tensors(device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.
 
 def lora(x, weight, bias, lora_a, lora_b, labels):
     return lora_linear(x, weight.detach(), bias, lora_a, lora_b, 2.0)
+
+
+def normed_lora(x, weight, bias, lora_a, lora_b, labels):
+    h, *shrunk = layer_norm_shrink(x, weight[0].detach(), weight[1].detach(), 1e-5, lora_a, 2.0)
+    return lora_linear(h, weight.detach(), bias, lora_a, lora_b, 2.0, shrunk=tuple(shrunk))
 
 
 def frozen(x, weight, bias, lora_a, lora_b, labels):
@@ -52,6 +58,7 @@ def few_queries(x, weight, bias, lora_a, lora_b, labels):
 
 TRAINED = {
     lora: ("x", "lora_a", "lora_b"),
+    normed_lora: ("x", "lora_a", "lora_b"),
     frozen: ("x",),
     loss: ("x", "weight"),
     attention: ("x", "weight"),

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
-from lorakernels import lora_linear
+from lorakernels import layer_norm_shrink, lora_linear
 from lorakernels.ops.linear_cross_entropy import triton as cross_entropy
 from lorakernels.trace import kernel_costs
 from lorakernels.trace.record import Launch, footprint
@@ -82,6 +82,18 @@ def test_the_layer(observed, adapter_dtype):
             one.launch.read,
             one.launch.written,
         ), one.launch
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_the_layer_norm_with_a_shrink(observed, adapter_dtype):
+    x, norm_weight, norm_bias = (torch.randn(*shape, K, dtype=torch.bfloat16) for shape in ((M,), (), ()))
+    lora_a = torch.randn(16, K, dtype=adapter_dtype)
+    layer_norm_shrink(x, norm_weight, norm_bias, 1e-5, lora_a, 2.0, backend="triton")
+    (one,) = observed
+    loaded, stored = sum(one.loaded.values()), sum(one.stored.values())
+    assert (loaded, stored) == (one.launch.read, one.launch.written)
+    parts = 2 if adapter_dtype == torch.float32 else 1
+    assert one.launch.flops == parts * 2 * M * K * 16
 
 
 def test_the_loss(observed):

@@ -32,9 +32,13 @@ def forward(problem: Problem, *, gemm: Gemm | None = None) -> tuple[Tensor, Tens
     x, weight, seed = _unit_columns(problem.x), problem.weight, problem.seed
     layout = Layout.of(x, problem.lora_a)
     with torch.cuda.device_of(x):
-        a, b, _ = parts.pack(layout, weight, problem.lora_a, problem.lora_b, None)
-        factor = problem.scale / (1 - problem.dropout_p)
-        s, left = thin.shrink(layout, x, a, factor, problem.dropout_p, seed, wide=True)
+        if problem.s is None:
+            a, b, _ = parts.pack(layout, weight, problem.lora_a, problem.lora_b, None)
+            factor = problem.scale / (1 - problem.dropout_p)
+            s, left = thin.shrink(layout, x, a, factor, problem.dropout_p, seed, wide=True)
+        else:
+            s = _unit_columns(problem.s)
+            _, b, left = parts.pack(layout, weight, None, problem.lora_b, s, whole_s=True)
         return _product(x, weight, problem.bias, left, b, 0.0, seed, gemm), s
 
 

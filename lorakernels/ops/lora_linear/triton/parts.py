@@ -73,9 +73,8 @@ class Layout:
         """Ranks of partial sums, padded so that rows are aligned to 32 bytes."""
         return triton.cdiv(self.rank, 8) * 8
 
-    def left(self, rows: int, like: Tensor, parts: int | None = None) -> Parts:
-        """Parts of S or dS [rows, r], to be filled: all that the GEMM multiplies, or the first `parts`."""
-        parts = parts or self.parts
+    def left(self, rows: int, like: Tensor, parts: int) -> Parts:
+        """The first `parts` of S or dS [rows, r], to be filled."""
         shifted = self.shift != 1.0
         low = 0 if self.parts == 1 else parts * self.width if shifted else self.width
         values = torch.empty(rows, (parts + shifted) * self.width, dtype=self.dtype, device=like.device)
@@ -94,13 +93,18 @@ class Layout:
 
 
 @triton.jit
+def split_factor(factor, dtype: tl.constexpr, SHIFT: tl.constexpr):
+    """A float32 factor as high + low / SHIFT, both in dtype."""
+    high = factor.to(dtype)
+    return high, ((factor - high.to(tl.float32)) * SHIFT).to(dtype)
+
+
+@triton.jit
 def store_parts(
     out_ptr, value, mask, part_stride, LAYOUT: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr
 ):
     """The parts of a float32 value at out_ptr and every part_stride from there; SHIFT 1: none is shifted."""
-    high = value.to(out_ptr.dtype.element_ty)
-    rest = value - high.to(tl.float32)
-    low = rest.to(out_ptr.dtype.element_ty)
+    high, low = split_factor(value, out_ptr.dtype.element_ty, 1.0)
     stride = tl.cast(part_stride, tl.int64)
     tl.store(out_ptr, high, mask=mask)
     if PARTS > 1:
@@ -110,7 +114,8 @@ def store_parts(
         third = high if LAYOUT == LEFT else low
         tl.store(out_ptr + 2 * stride, third, mask=mask)
     if SHIFT != 1.0:
-        tl.store(out_ptr + PARTS * stride, (rest * SHIFT).to(out_ptr.dtype.element_ty), mask=mask)
+        _, shifted = split_factor(value, out_ptr.dtype.element_ty, SHIFT)
+        tl.store(out_ptr + PARTS * stride, shifted, mask=mask)
 
 
 @triton.jit
@@ -237,21 +242,28 @@ def lora_linear_reduce_kernel(
 
 
 def pack(
-    layout: Layout, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, s: Tensor | None
+    layout: Layout,
+    weight: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    s: Tensor | None,
+    *,
+    whole_s: bool = False,
 ) -> tuple[Parts | None, Parts | None, Parts | None]:
-    """Parts of A [r, K] as dx's right factor, of B [N, r] as y's, and of S [M, r] for the thin products.
+    """Parts of A [r, K] as dx's right factor, of B [N, r] as y's, and of S [M, r].
 
     Each may be None, as its parts are then. The right factors are stored in the order in which the GEMM reads
-    weight [N, K].
+    weight [N, K]. whole_s: S is y's left factor; else it has the parts for the thin products alone.
     """
     rows_adjacent = weight.stride(1) == 1
+    s_count = layout.parts if whole_s else min(2, layout.parts)
     a = b = s_parts = None
     if lora_a is not None:
         a = layout.right(lora_a.shape[1], weight, by_columns=rows_adjacent)
     if lora_b is not None:
         b = layout.right(len(lora_b), weight, by_columns=not rows_adjacent)
     if s is not None:
-        s_parts = layout.left(len(s), s, parts=min(2, layout.parts))
+        s_parts = layout.left(len(s), s, s_count)
     factors = (None if lora_a is None else lora_a.T, a), (lora_b, b), (s, s_parts)
     # what is not packed has no rows; its pointers still need arguments
     (a_like, b_like, s_like) = ((weight, weight) if f is None else (f, p.values) for f, p in factors)
@@ -264,7 +276,7 @@ def pack(
         *a_like[0].stride(), *a_like[1].stride(), *b_like[0].stride(), *b_like[1].stride(),
         s_like[0].stride(0), s_like[1].stride(0),
         BLOCK_M=PACK_ROWS, BLOCK_R=layout.block, WIDTH=layout.width,
-        PARTS=layout.parts, S_PARTS=min(2, layout.parts),
+        PARTS=layout.parts, S_PARTS=s_count,
         SHIFT=layout.shift if layout.parts == 3 else 1.0, S_SHIFT=layout.shift,
         num_warps=4,
     )  # fmt: skip
@@ -283,7 +295,7 @@ def reduce(layout: Layout, partial: Tensor, dtype: torch.dtype, by_columns: bool
 
 def reduce_to_parts(layout: Layout, partial: Tensor, scale: float) -> Parts:
     """scale times the sum of partial [count, rows, ranks], as a left factor."""
-    left = layout.left(partial.shape[1], partial)
+    left = layout.left(partial.shape[1], partial, layout.parts)
     _launch_reduce(layout, partial, left.values, scale, packed=True)
     return left
 

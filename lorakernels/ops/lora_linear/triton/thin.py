@@ -284,7 +284,7 @@ def shrink(
     tile = _narrowed(SHRINK_TILES[x.element_size(), layout.block], x, dropout_p)
     block_m = tile.rows if m > FEW_ROWS else 16
     s = torch.empty(m, layout.rank, dtype=torch.float32, device=x.device) if wide else None
-    left = layout.left(m, x)
+    left = layout.left(m, x, layout.parts)
     s_like = left.values if s is None else s
     launch(
         lora_linear_shrink_kernel, (triton.cdiv(m, block_m), layout.width // layout.block),

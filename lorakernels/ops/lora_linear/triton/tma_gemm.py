@@ -90,7 +90,7 @@ def lora_linear_tma_kernel(
 
 
 def addressable(x: Tensor, weight: Tensor) -> bool:
-    """Whether x [M, K], weight [N, K] in its storage order, and rows of N results are where it can address."""
+    """Whether it can address x [M, K], weight [N, K] in its storage order, and rows of N results."""
     size, stored = x.element_size(), weight if weight.stride(1) == 1 else weight.T
     strides = x.stride(0), stored.stride(0), weight.shape[0]
     return (

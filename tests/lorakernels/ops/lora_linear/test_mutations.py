@@ -5,7 +5,6 @@ padding of a rank, which meets zeros.
 """
 
 import importlib
-import importlib.util
 import itertools
 import shutil
 import sys
@@ -23,6 +22,7 @@ from lorakernels.ops.lora_linear.reference import keep_mask
 from lorakernels.ops.lora_linear.triton import tma_gemm
 from lorakernels.ops.lora_linear.triton.thin import ThinTile
 from lorakernels.ops.lora_linear.triton.tiles import VENDOR, Family, Gemm, Tile
+from tests.lorakernels.changed_module import changed
 
 DTYPES = (torch.bfloat16, torch.float16)
 # no multiple of any block, and every sum is split; rows are aligned, as TMA wants them
@@ -164,21 +164,6 @@ def replace_line(path: Path, start: str, line: str, replacement: str) -> None:
     at = source.index(start)
     assert line in source[at:], f"{line!r} is no longer after {start}: update the mutation"
     path.write_text(source[:at] + source[at:].replace(line, replacement, 1))
-
-
-def changed_aten(line: str, replacement: str, folder: Path, everywhere: tuple) -> ModuleType:
-    """The ATen path from a copy of its source, in which line is replaced."""
-    path = folder / "changed.py"
-    source = Path(aten.__file__).read_text()
-    for before, after in everywhere:
-        assert before in source, f"{before!r} is no longer there: update the mutation"
-        source = source.replace(before, after)
-    path.write_text(source)
-    replace_line(path, "", line, replacement)
-    spec = importlib.util.spec_from_file_location("changed", path)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    return copy
 
 
 def embedded(tensor: torch.Tensor) -> torch.Tensor:
@@ -326,7 +311,7 @@ def test_the_aten_path_without_it(dtype, name, tmp_path, device):
             "torch.mm(a.float(), parts.flatten(1).float())",
         ),
     )
-    assert not wrong_results(changed_aten("", "", tmp_path, on_cpu), problem, roundings=roundings)
+    assert not wrong_results(changed(aten, "", "", "", tmp_path, on_cpu), problem, roundings=roundings)
     line, replacement, expected = ATEN[name]
-    copy = changed_aten(line, replacement, tmp_path, on_cpu)
+    copy = changed(aten, "", line, replacement, tmp_path, on_cpu)
     assert wrong_results(copy, problem, roundings=roundings) == expected

@@ -1,0 +1,147 @@
+"""A layer norm and the shrink of the LoRA linear after it, S = scale·drop(h)·Aᵀ, as one operator.
+
+On a GPU one kernel makes both, in the time of the layer norm alone. The operator is differentiable in x
+through h; S is not: `lora_linear`, which is given both, accounts for S in its own gradients.
+"""
+
+import torch
+from torch import Tensor
+
+from lorakernels.ops.autocast import cast_for_autocast, without_autocast
+from lorakernels.ops.layer_norm_shrink import aten
+from lorakernels.ops.layer_norm_shrink.implementations import select
+from lorakernels.ops.layer_norm_shrink.reference import Problem
+from lorakernels.ops.lora_linear import check_options, draw_seed, seed_shape
+from lorakernels.tolerance import accumulation_dtype
+
+__all__ = ["layer_norm_shrink"]
+
+BACKENDS = ("auto", "reference", "aten", "triton")
+
+
+def layer_norm_shrink(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    lora_a: Tensor,
+    scale: float,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A frozen layer norm (Ba et al. 2016, arXiv:1607.06450) and what a LoRA linear after it begins with.
+
+    ``h, s, seed = layer_norm_shrink(x, ...)`` and ``lora_linear(h, ..., shrunk=(s, seed))`` with the same
+    lora_a, scale and dropout have the values and gradients of the layer norm and of ``lora_linear(h, ...)``.
+
+    Args:
+        x: [..., K], K >= 1, float16, bfloat16, float32 or float64.
+        norm_weight: [K] in x's dtype, frozen.
+        norm_bias: [K] in x's dtype, frozen.
+        eps: added to the variance, at least 0.
+        lora_a: [r, K], r >= 1, in x's dtype or float32. It gets no gradient from here.
+        scale: multiplies B·A directly (PEFT's lora_alpha / r); finite.
+        dropout_p: probability in [0, 1) with which an element of h is dropped in S, the rest scaled by
+            1 / (1 - p). The mask is that of lora_linear for the returned seed, and follows
+            torch.manual_seed.
+        training: False turns dropout off.
+        backend: "auto" takes what was measured to be faster on a GPU, and torch's operations elsewhere; the
+            others force one. "triton" needs a GPU, or CPU tensors under TRITON_INTERPRET=1, and leaves ranks
+            above 128 to torch.
+
+    Returns:
+        h [..., K], the layer norm in x's dtype (under autocast in autocast's), differentiable in x; S [M, r],
+        scale * dropout(h) @ lora_a.T of h's M rows in float32 (float64 for float64), made of h as it
+        is returned; the dropout's seed, int64 [1], or [0] without dropout. S and seed have no gradient.
+
+    Raises:
+        ValueError: a shape, device, eps, probability, scale or backend that does not fit, or a norm_weight or
+            norm_bias that asks for a gradient. TypeError: a dtype that does not fit.
+    """
+    x, norm_weight, norm_bias = cast_for_autocast(x, norm_weight, norm_bias)
+    if lora_a.dtype != torch.float32:
+        (lora_a,) = cast_for_autocast(lora_a)
+    _check_tensors(x, norm_weight, norm_bias, lora_a)
+    check_options(scale, dropout_p, backend, BACKENDS)
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    p = float(dropout_p) if training else 0.0
+    # detached, or h would ask for a gradient wherever lora_a does
+    h, s, seed, _, _ = _forward_op(
+        x, norm_weight, norm_bias, float(eps), lora_a.detach(), float(scale), p, backend
+    )
+    return h, s, seed
+
+
+def _check_tensors(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, lora_a: Tensor) -> None:
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape [..., K] with K >= 1, got {list(x.shape)}")
+    k = x.shape[-1]
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if list(tensor.shape) != [k]:
+            raise ValueError(f"{name}: expected shape {[k]}, got {list(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.requires_grad:
+            raise ValueError(f"{name}: expected a frozen tensor, got one with requires_grad=True")
+    if lora_a.ndim != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] != k:
+        raise ValueError(f"lora_a: expected shape [r, {k}] with r >= 1, got {list(lora_a.shape)}")
+    wider = accumulation_dtype(x.dtype)
+    if lora_a.dtype not in (x.dtype, wider):
+        raise TypeError(f"lora_a: expected {x.dtype} or {wider}, got {lora_a.dtype}")
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("lora_a", lora_a)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+
+
+# tagged as lora_linear's forward is, since it draws the seed
+@torch.library.custom_op(
+    "lorakernels::layer_norm_shrink", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+@without_autocast
+def _forward_op(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    lora_a: Tensor,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    seed = draw_seed(x, dropout_p)
+    rows = x.reshape(-1, x.shape[-1])
+    problem = Problem(rows, norm_weight, norm_bias, eps, lora_a, scale, dropout_p, seed)
+    h, s, mean, rstd = select(problem, backend).forward(problem)
+    # not a view, so that callers may change h in place
+    h = torch.ops.aten._unsafe_view(h, x.shape)
+    statistics = [*x.shape[:-1], 1]
+    return h, s.contiguous(), seed, mean.view(statistics), rstd.view(statistics)
+
+
+@_forward_op.register_fake
+def _(x, norm_weight, norm_bias, eps, lora_a, scale, dropout_p, backend):
+    wide = accumulation_dtype(x.dtype)
+    s = x.new_empty(x.shape[:-1].numel(), lora_a.shape[0], dtype=wide)
+    mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=wide) for _ in range(2))
+    return x.new_empty(x.shape), s, x.new_empty(seed_shape(dropout_p), dtype=torch.int64), mean, rstd
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, norm_weight, norm_bias, *_ = inputs
+    _, s, seed, mean, rstd = output
+    ctx.mark_non_differentiable(s, seed, mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd)
+
+
+def _backward(ctx, dh, *_without_gradient):
+    dx = None if dh is None else aten.backward(dh, *ctx.saved_tensors)
+    return dx, None, None, None, None, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
