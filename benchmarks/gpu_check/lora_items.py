@@ -143,7 +143,7 @@ def check_module(findings: Findings, setting: Setting, dtype: str) -> None:
             exact[3] = exact[3][rows]
             variants = {"eager": layer}
             if dtype == "bf16":
-                variants["compiled"] = torch.compile(layer)
+                variants["compiled"] = torch.compile(layer, **setting.compiler)
             for variant, function in variants.items():
                 name = f"{variant}, {'all rows' if parts is None else 'parts q and v'}"
                 x = problem.x.clone().requires_grad_()
