@@ -74,8 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", choices=(CORRECTNESS, SPEED), help="one of the two halves")
     parser.add_argument("--rehearse", action="store_true", help="every item on the CPU, at small sizes")
     options = parser.parse_args(arguments)
-    device = "cpu" if options.rehearse else "cuda"
-    os.environ |= environment(device)
+    if options.rehearse:
+        os.environ |= environment("cpu")
     import torch
 
     from benchmarks.gpu_check.items import all_items
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     return check(
         all_items() if options.only != SPEED else [],
         options.out,
-        device=device,
+        device="cpu" if options.rehearse else "cuda",
         rehearsal=options.rehearse,
         workers=min(REHEARSAL_WORKERS if options.rehearse else MOST_WORKERS, cores),
         seconds=options.seconds,

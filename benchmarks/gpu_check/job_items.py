@@ -2,7 +2,6 @@
 from. Training has processes of its own."""
 
 import contextlib
-import fcntl
 import functools
 import io
 import json
@@ -25,7 +24,7 @@ import bloomft.train
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
 from bloomft import export, generate
-from bloomft.model.tiny_base import TinyRecipe, tiny_base_folder
+from bloomft.model.base import EMBEDDED_BASE
 from bloomft.run import setup
 from bloomft.run.checkpoint import load_checkpoint
 
@@ -72,16 +71,13 @@ def check_job(findings: Findings, setting: Setting, precision: str, compiled: bo
 
 
 def make_base(setting: Setting, folder: Path, dtype: torch.dtype) -> Path:
-    """The embedded base, barely pre-trained, stored in dtype as published ones are in 16 bits."""
-    small = {"vocab_size": 384, "hidden_size": 64, "n_layer": 2, "n_head": 4, "sequence_length": 32}
-    recipe = TinyRecipe(steps=2, **setting.pick({}, small))
-    # built once, by whichever process comes first
-    with (setting.scratch / "base.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        shared = tiny_base_folder(recipe, cache_dir=setting.scratch)
+    """The embedded base, stored in dtype as published ones are in 16 bits; a rehearsal's has one layer."""
     base = folder / "base"
-    shutil.copytree(shared, base)
-    BloomForCausalLM.from_pretrained(shared).to(dtype).save_pretrained(base)
+    shutil.copytree(EMBEDDED_BASE, base)
+    model = BloomForCausalLM.from_pretrained(EMBEDDED_BASE)
+    model.config.n_layer = setting.pick(model.config.n_layer, 1)
+    del model.transformer.h[model.config.n_layer :]
+    model.to(dtype).save_pretrained(base)
     return base
 
 
@@ -136,8 +132,8 @@ def start_training(setting: Setting, config: Path, run_dir: Path) -> Training:
 
 def train(arguments: list[str], errors: Path, compiler: dict[str, str]) -> None:
     """The process: ``python -m bloomft.train *arguments``, with options for torch.compile."""
-    with errors.open("wb") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.stderr = errors.open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.__stderr__.fileno())
     # a copied process would be silent about what its parent has been warned of
     warnings.simplefilter("always")
     blocks = functools.partial(setup.compile_blocks, **compiler)
