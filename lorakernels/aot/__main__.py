@@ -75,8 +75,8 @@ def _compile_all(options: argparse.Namespace) -> Iterator[list[dict]]:
             # tf32 is NVIDIA's
             if dtype == "tf32" and not CHIPS[arch].nvidia:
                 continue
-            for launch in launches(CHIPS[arch], dtype):
-                if launch.role.startswith(options.only) and (options.all or not launch.rare):
+            for launch in launches(CHIPS[arch], dtype, everything=options.all):
+                if launch.role.startswith(options.only):
                     work.setdefault((arch, dtype, launch.call.name, launch.tile), []).append(launch)
     groups = [(arch, dtype, found) for (arch, dtype, *_), found in work.items()]
     if options.jobs <= 1:

@@ -7,7 +7,7 @@ alignment) from them as it does at a launch.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,13 +56,11 @@ class Launch:
     Attributes:
         role: what it is for.
         tile: how it is cut.
-        rare: compiled on demand only.
     """
 
     role: str
     tile: str
     call: KernelCall
-    rare: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -102,27 +100,32 @@ class _Loss:
         forward_and_backward(trace, lambda: linear_cross_entropy(hidden, weight, labels))
 
 
-def launches(chip: Chip, dtype: str) -> list[Launch]:
-    """Every distinct launch for that chip and dtype (a key of DTYPES)."""
+def launches(chip: Chip, dtype: str, *, everything: bool = True) -> list[Launch]:
+    """Every distinct launch for that chip and dtype (a key of DTYPES).
+
+    Without everything: of weights by rows and even widths, and of ragged rows those of the largest tile and
+    rank, which stand for all: they are the first to spill.
+    """
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
-        return list(dict.fromkeys([*_layers(chip, dtype), *_losses(chip, dtype)]))
+        return list(dict.fromkeys([*_layers(chip, dtype, everything), *_losses(chip, dtype)]))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _layers(chip: Chip, dtype: str) -> Iterator[Launch]:
+def _layers(chip: Chip, dtype: str, everything: bool) -> Iterator[Launch]:
     for shape, by_columns, dropout_p in itertools.product(SIZES, (False, True), (0.0, DROPOUT)):
         tiles = shipped_tiles(DTYPES[dtype][0], chip.shared_limit, dropout_p > 0)
         for tile, rank in itertools.product(tiles, RANKS):
-            # of ragged rows the largest tile and rank stand for all: they are the first to spill
             largest = tile == tiles[0] and rank == RANKS[-1]
             rare = by_columns or shape == ODD or (shape == RAGGED and not largest)
+            if rare and not everything:
+                continue
             layer = _Layer(dtype, SIZES[shape], rank, dropout_p, by_columns)
             for direction, call in _calls(chip, f"triton:{tile}", layer):
                 role = _role(call, direction, by_columns) + shape
-                yield Launch(role, str(tile) if call.name == PRODUCT else f"rank {rank}", call, rare)
+                yield Launch(role, str(tile) if call.name == PRODUCT else f"rank {rank}", call)
 
 
 def _role(call: KernelCall, direction: str, by_columns: bool) -> str:
