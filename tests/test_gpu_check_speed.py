@@ -283,6 +283,16 @@ def test_a_wrong_loss_is_not_timed(setting, monkeypatch):
     assert findings.faults
 
 
+@pytest.mark.parametrize("mode", [EAGER, GRAPH])
+def test_a_graph_of_the_loss_says_that_its_rows_are_remembered(mode, setting):
+    findings = Findings()
+    loss_items.check_loss(findings, setting, mode)
+    (case,) = findings.cases.values()
+    found = case["extra_info"]
+    assert found["remembered_rows"] == (mode == GRAPH)
+    assert ("rows that have labels found beforehand" in found["title"]) == (mode == GRAPH)
+
+
 def test_a_wrong_model_is_not_timed(setting, monkeypatch):
     monkeypatch.setattr(
         "bloomft.model.fused_classes.linear_cross_entropy",

@@ -38,8 +38,8 @@ class Setting:
 
     @property
     def compiler(self) -> dict[str, str]:
-        """Options of torch.compile: a rehearsal traces and differentiates, but writes no code."""
-        return self.pick({}, {"backend": "aot_eager"})
+        """Options of torch.compile: a rehearsal traces, but does not wait for a compiler."""
+        return self.pick({}, {"backend": "eager"})
 
     @property
     def processes(self) -> BaseContext:

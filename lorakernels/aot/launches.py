@@ -103,8 +103,8 @@ class _Loss:
 def launches(chip: Chip, dtype: str, *, everything: bool = True) -> list[Launch]:
     """Every distinct launch for that chip and dtype (a key of DTYPES).
 
-    Without everything: of weights by rows and even widths, and of ragged rows those of the largest tile and
-    rank, which stand for all: they are the first to spill.
+    Without everything: of weights by rows and even widths. With dropout or ragged rows the largest rank, and
+    of ragged rows the largest tile, stand for all: they are the first to spill.
     """
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
@@ -118,8 +118,8 @@ def _layers(chip: Chip, dtype: str, everything: bool) -> Iterator[Launch]:
     for shape, by_columns, dropout_p in itertools.product(SIZES, (False, True), (0.0, DROPOUT)):
         tiles = shipped_tiles(DTYPES[dtype][0], chip.shared_limit, dropout_p > 0)
         for tile, rank in itertools.product(tiles, RANKS):
-            largest = tile == tiles[0] and rank == RANKS[-1]
-            rare = by_columns or shape == ODD or (shape == RAGGED and not largest)
+            rare = by_columns or shape == ODD or (shape == RAGGED and tile != tiles[0])
+            rare |= rank != RANKS[-1] and (shape == RAGGED or dropout_p > 0)
             if rare and not everything:
                 continue
             layer = _Layer(dtype, SIZES[shape], rank, dropout_p, by_columns)
