@@ -51,6 +51,9 @@ def test_every_kernel_is_compiled_at_every_rank_and_for_ragged_rows(records):
     for role in ("shrink", "adapter_grad dS dB", "adapter_grad dA", "reduce", "reduce and pack", "pack"):
         assert compiled(role) == every_rank
         assert compiled(f"{role}, ragged") == {(arch, "rank 64") for arch in ARCHS}
+    for role in ("shrink with dropout", "adapter_grad dA with dropout"):
+        for shape in ("", ", ragged"):
+            assert compiled(f"{role}{shape}") == {(arch, "rank 64") for arch in ARCHS}
     for role in ("forward", "dx", "dx with dropout"):
         assert {arch for arch, _ in compiled(role)} == ARCHS
         assert compiled(f"{role}, ragged") < compiled(role)
