@@ -154,8 +154,8 @@ class Case:
         mode: eager; as a replayed graph; or warm, which runs every side once and times nothing.
         seconds: for the rounds.
         weights: bytes that the peak of every side counts besides what it takes itself.
-        has_loss: whether our sides call `linear_cross_entropy`, of which a graph needs `remembered_rows`; title
-            and extra_info say so.
+        has_loss: whether our sides call `linear_cross_entropy`, of which a graph needs `remembered_rows`;
+            title and extra_info say so.
         extra: joins extra_info.
     """
 
