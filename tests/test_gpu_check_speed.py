@@ -1,8 +1,7 @@
-"""gpu-check's speed half: all of it is rehearsed, and nothing that is wrong, or does not fit, has a time."""
+"""gpu-check's speed half: nothing that is wrong, or does not fit, has a time."""
 
 import contextlib
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ from benchmarks.gpu_check.speed.sides import (
     remembered_rows,
 )
 from lorakernels import LoRALinear, linear_cross_entropy
-from tests.test_gpu_check import DEVICE, KERNELS, hanging, rehearse, right, wait_for
+from tests.test_gpu_check import DEVICE, KERNELS, hanging, kill_when, right
 
 ONLY = interleave.ONLY
 RUN = {"device": "cpu", "rehearsal": True, "workers": 1, "seconds": 300.0}
@@ -80,35 +79,8 @@ def stored(out: Path) -> dict:
     return json.loads((out / "speed.json").read_text())
 
 
-def test_every_item_passes_its_rehearsal_and_is_drawn(tmp_path):
-    done = rehearse("speed", tmp_path)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert not (tmp_path / "correctness.json").exists()
-    content = stored(tmp_path)
-    items = speed_items()
-    assert [one["item"] for one in content["items"]] == [one.name for one in items]
-    assert {one["status"] for one in content["items"]} == {"pass"}
-    assert {name: one["status"] for name, one in content["compiled"].items()} == {
-        one.name: "pass" for one in warming(items)
-    }
-    cases = report.read_cases([tmp_path / "speed.json"])
-    assert len(cases) == len(items)
-    for name, case in cases.items():
-        assert interleave.whole(case)
-        # beside the rivals there is something of ours
-        assert any(map(interleave.is_ours, interleave.whole(case))), name
-        assert all("GPU" in reason for reason in case["left_out"].values()), name
-    profiled = cases["step[bloom-1b7]"]["kernels"]["bloomft"]
-    assert len(profiled) == 1 + launches.MOST_KERNELS
-    assert profiled[0]["share"] == 1
-    pictures = report.write_report(cases, tmp_path)
-    assert {"step.png", "lora_tax.png", "share_of_limit.png"} <= set(pictures)
-    text = (tmp_path / "report.md").read_text("utf-8")
-    for expected in ("bloomft, by kernel:", "lora_linear_forward_kernel", "Milliseconds until the host"):
-        assert expected in text
-    assert "- cuDNN, without ALiBi: cuDNN needs a GPU" in text
-    for one in items:
-        assert f"\nPASS    {one.name}  " in done.stdout
+def run(timed, out) -> int:
+    return check([], out, timed=timed, **RUN)
 
 
 def test_every_operator_is_timed_eagerly_and_as_a_graph_the_step_first():
@@ -196,16 +168,9 @@ def test_a_cut_step_says_so(setting):
 
 
 def test_a_run_that_is_cut_keeps_what_it_had(tmp_path):
-    program = (
-        "import sys\nfrom pathlib import Path\nfrom tests import test_gpu_check_speed as t\n"
-        "timed = [t.item('quick', t.timed_item), t.item('hanging', t.hanging_item)]\n"
-        "t.check([], Path(sys.argv[1]), timed=timed, **t.RUN)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.DEVNULL)
+    timed = [item("quick", timed_item), item("hanging", hanging_item)]
     path = tmp_path / "speed.json"
-    wait_for(lambda: path.exists() and stored(tmp_path)["benchmarks"])
-    process.kill()
-    process.wait()
+    kill_when(lambda: path.exists() and stored(tmp_path)["benchmarks"], run, timed, tmp_path)
     content = stored(tmp_path)
     assert {one["item"]: one["status"] for one in content["items"]} == {"quick": "pass", "hanging": "not run"}
     assert list(report.read_cases([path])) == ["case[1]"]
@@ -213,11 +178,12 @@ def test_a_run_that_is_cut_keeps_what_it_had(tmp_path):
 
 def test_what_does_not_fit_into_the_seconds_is_listed(tmp_path, capsys):
     start = time.monotonic()
-    timed, seconds = [item("hanging", hanging_item), item("waiting", timed_item)], 4.0
+    timed, seconds = [item("hanging", hanging_item), item("waiting", timed_item)], 2.0
     assert check([Item("checked", hanging)], tmp_path, timed=timed, **{**RUN, "seconds": seconds}) == 1
     assert time.monotonic() - start < seconds + 15
     assert {one["status"] for one in stored(tmp_path)["items"]} == {"not run"}
-    assert {one["status"] for one in stored(tmp_path)["compiled"].values()} == {"not run"}
+    checked = json.loads((tmp_path / "correctness.json").read_text())["items"]
+    assert [one["status"] for one in checked] == ["not run"]
     assert capsys.readouterr().out.endswith("\n2 not run\n")
 
 
@@ -243,6 +209,17 @@ def test_both_halves_share_the_seconds_and_decide_the_exit_status(status, tmp_pa
     assert [(one["item"], one["status"]) for one in stored(tmp_path)["items"]] == [("quick", status)]
     checked = json.loads((tmp_path / "correctness.json").read_text())
     assert [(one["item"], one["status"]) for one in checked["items"]] == [("right", "pass")]
+
+
+@pytest.mark.parametrize("half", ["correctness", "speed"])
+def test_one_half_alone_has_no_items_of_the_other(half, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(command, "environment", lambda device: {})
+    monkeypatch.setattr(command, "check", lambda items, out, *, timed, **_: calls.append((items, timed)))
+    main(["--out", str(tmp_path), "--rehearse", "--only", half])
+    ((items, timed),) = calls
+    assert bool(items) == (half == "correctness")
+    assert bool(timed) == (half == "speed")
 
 
 def test_an_unknown_half_is_a_mistake_in_the_arguments(tmp_path, capsys):
@@ -304,6 +281,16 @@ def test_a_wrong_loss_is_not_timed(setting, monkeypatch):
     (case,) = findings.cases.values()
     assert "lorakernels" not in interleave.whole(case["extra_info"])
     assert findings.faults
+
+
+@pytest.mark.parametrize("mode", [EAGER, GRAPH])
+def test_a_graph_of_the_loss_says_that_its_rows_are_remembered(mode, setting):
+    findings = Findings()
+    loss_items.check_loss(findings, setting, mode)
+    (case,) = findings.cases.values()
+    found = case["extra_info"]
+    assert found["remembered_rows"] == (mode == GRAPH)
+    assert ("rows that have labels found beforehand" in found["title"]) == (mode == GRAPH)
 
 
 def test_a_wrong_model_is_not_timed(setting, monkeypatch):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu_check.pool import Item, Setting, run_items
+from benchmarks.gpu_check.pool import Item, Setting, environment, run_items
 
 MOST_WORKERS, REHEARSAL_WORKERS = 12, 2
 CORRECTNESS, SPEED = "correctness", "speed"
@@ -74,6 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", choices=(CORRECTNESS, SPEED), help="one of the two halves")
     parser.add_argument("--rehearse", action="store_true", help="every item on the CPU, at small sizes")
     options = parser.parse_args(arguments)
+    if options.rehearse:
+        os.environ |= environment("cpu")
     import torch
 
     from benchmarks.gpu_check.items import all_items

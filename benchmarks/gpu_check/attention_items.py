@@ -68,8 +68,8 @@ def check_packed(findings: Findings, setting: Setting, head_dim: int) -> None:
     variants = {
         "mask": by_mask,
         "documents": by_documents,
-        "mask, compiled": torch.compile(by_mask),
-        "documents, compiled": torch.compile(by_documents),
+        "mask, compiled": torch.compile(by_mask, **setting.compiler),
+        "documents, compiled": torch.compile(by_documents, **setting.compiler),
     }
     bounds = setting.pick(LARGEST, (None,) * 4)
     for name, function in variants.items():

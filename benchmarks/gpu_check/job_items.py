@@ -1,24 +1,31 @@
-"""The main job by its commands: trained, killed and resumed to the same bits, exported, generated from."""
+"""The main job by its commands' functions: trained, killed and resumed to the same bits, exported, generated
+from. Training has processes of its own."""
 
 import contextlib
-import fcntl
+import functools
 import io
 import json
+import os
 import shutil
-import subprocess
 import sys
 import time
+import warnings
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import BloomForCausalLM
 
+import bloomft.train
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
 from bloomft import export, generate
-from bloomft.model.tiny_base import TinyRecipe, tiny_base_folder
+from bloomft.model.base import EMBEDDED_BASE
+from bloomft.run import setup
 from bloomft.run.checkpoint import load_checkpoint
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,26 +61,23 @@ def check_job(findings: Findings, setting: Setting, precision: str, compiled: bo
     killed.mkdir(parents=True)
     base = make_base(setting, folder, PRECISIONS[precision])
     config = write_config(setting, folder, base, precision, compiled)
-    finish(findings, train_command(config, whole))
+    finish(findings, start_training(setting, config, whole))
     # It also holds the choices between implementations: others are as right, but differ in bits.
     shutil.copy(whole / f"step-{SAVED}.ckpt", killed / "last.ckpt")
-    kill(train_command(config, killed), killed / "metrics.jsonl", KILLED - SAVED)
-    finish(findings, train_command(config, killed))
+    kill(start_training(setting, config, killed), KILLED - SAVED)
+    finish(findings, start_training(setting, config, killed))
     compare_runs(findings, whole, killed)
     check_exports(findings, config, whole, base)
 
 
 def make_base(setting: Setting, folder: Path, dtype: torch.dtype) -> Path:
-    """The embedded base, barely pre-trained, stored in dtype as published ones are in 16 bits."""
-    small = {"vocab_size": 384, "hidden_size": 64, "n_layer": 2, "n_head": 4, "sequence_length": 32}
-    recipe = TinyRecipe(steps=2, **setting.pick({}, small))
-    # built once, by whichever process comes first
-    with (setting.scratch / "base.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        shared = tiny_base_folder(recipe, cache_dir=setting.scratch)
+    """The embedded base, stored in dtype as published ones are in 16 bits; a rehearsal's has one layer."""
     base = folder / "base"
-    shutil.copytree(shared, base)
-    BloomForCausalLM.from_pretrained(shared).to(dtype).save_pretrained(base)
+    shutil.copytree(EMBEDDED_BASE, base)
+    model = BloomForCausalLM.from_pretrained(EMBEDDED_BASE)
+    model.config.n_layer = setting.pick(model.config.n_layer, 1)
+    del model.transformer.h[model.config.n_layer :]
+    model.to(dtype).save_pretrained(base)
     return base
 
 
@@ -108,27 +112,57 @@ def write_config(setting: Setting, folder: Path, base: Path, precision: str, com
     return path
 
 
-def train_command(config: Path, run_dir: Path) -> list[str]:
-    """The command line that trains or resumes in run_dir."""
-    return [sys.executable, "-m", "bloomft.train", str(config), f"train.output_dir={run_dir}"]
+@dataclass
+class Training:
+    """A training command in a process of its own, which writes to errors instead of stderr."""
+
+    process: BaseProcess
+    run_dir: Path
+    errors: Path
 
 
-def finish(findings: Findings, command: list[str]) -> None:
-    """Run to the end; a warning about an implementation is a fault."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
-    findings.faults += [line for line in done.stderr.splitlines() if "Warning: lorakernels:" in line]
+def start_training(setting: Setting, config: Path, run_dir: Path) -> Training:
+    """Train, or resume, in run_dir."""
+    errors = run_dir.with_suffix(".stderr")
+    arguments = [str(config), f"train.output_dir={run_dir}"]
+    process = setting.processes.Process(target=train, args=(arguments, errors, setting.compiler))
+    process.start()
+    return Training(process, run_dir, errors)
 
 
-def kill(command: list[str], metrics: Path, lines: int) -> None:
-    """Start the command and end it with SIGKILL once ``lines`` lines of metrics are written."""
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
-            if process.poll() is not None:
-                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode} before its time")
-            time.sleep(0.002)
-        process.kill()
+def train(arguments: list[str], errors: Path, compiler: dict[str, str]) -> None:
+    """The process: ``python -m bloomft.train *arguments``, with options for torch.compile."""
+    sys.stderr = errors.open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.__stderr__.fileno())
+    # a copied process would be silent about what its parent has been warned of
+    warnings.simplefilter("always")
+    blocks = functools.partial(setup.compile_blocks, **compiler)
+    with patch.object(setup, "compile_blocks", blocks):
+        bloomft.train.main(arguments)
+
+
+def finish(findings: Findings, training: Training) -> None:
+    """Wait for its end; a warning about an implementation is a fault."""
+    training.process.join()
+    errors = training.errors.read_text(errors="replace")
+    if training.process.exitcode:
+        raise RuntimeError(
+            f"training in {training.run_dir} ended with {training.process.exitcode}: {errors[-2000:]}"
+        )
+    findings.faults += [line for line in errors.splitlines() if "Warning: lorakernels:" in line]
+
+
+def kill(training: Training, lines: int) -> None:
+    """End it with SIGKILL once ``lines`` lines of metrics are written."""
+    metrics = training.run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+        if training.process.exitcode is not None:
+            raise RuntimeError(
+                f"training in {training.run_dir} ended with {training.process.exitcode} before its time"
+            )
+        time.sleep(0.002)
+    training.process.kill()
+    training.process.join()
 
 
 def compare_runs(findings: Findings, whole: Path, killed: Path) -> None:

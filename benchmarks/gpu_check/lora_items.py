@@ -56,9 +56,11 @@ def rest() -> list[Item]:
 
 def check_main_shape(findings: Findings, setting: Setting, model: str, dtype: str) -> None:
     """Each implementation by its name, at common ranks."""
+    # in a rehearsal two tiles or more in each dimension, of which the last one is ragged
+    m, k, n = setting.pick(MAIN[model], (256 // DTYPES[dtype].itemsize + 4,) * 3)
     for rank in RANKS:
         with precision(dtype):
-            problem = main_problem(setting, model, DTYPES[dtype], rank)
+            problem = make_problem(setting, m, k, n, rank, DTYPES[dtype], torch.float32)
             exact = exact_results(problem)
             for one in named(problem.x):
                 with forced(one):
@@ -146,7 +148,7 @@ def check_module(findings: Findings, setting: Setting, dtype: str) -> None:
             exact[3] = exact[3][rows]
             variants = {"eager": layer}
             if dtype == "bf16":
-                variants["compiled"] = torch.compile(layer)
+                variants["compiled"] = torch.compile(layer, **setting.compiler)
             for variant, function in variants.items():
                 name = f"{variant}, {'all rows' if parts is None else 'parts q and v'}"
                 x = problem.x.clone().requires_grad_()

@@ -1,7 +1,7 @@
 """Items in worker processes, to isolate the faults of one: a crash, a hang, a broken CUDA context.
 
-A worker is a newly spawned process with its own process group. It serves items until one does not
-pass; then it is killed, with whatever it has started, and a fresh one takes the next item.
+A worker is a new process with its own process group. It serves items until one does not pass; then it is
+killed, with whatever it has started, and a fresh one takes the next item.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 PASS, FAIL, ERROR, NOT_RUN = "pass", "fail", "error", "not run"
@@ -34,6 +35,16 @@ class Setting:
     def pick(self, full, tiny):
         """One of the two by size."""
         return tiny if self.rehearsal else full
+
+    @property
+    def compiler(self) -> dict[str, str]:
+        """Options of torch.compile: a rehearsal traces, but does not wait for a compiler."""
+        return self.pick({}, {"backend": "eager"})
+
+    @property
+    def processes(self) -> BaseContext:
+        """How new processes start: with CUDA afresh, else as copies, which need not import anything again."""
+        return multiprocessing.get_context("spawn" if self.device == "cuda" else "fork")
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,14 @@ def run_items(
             worker.end()
 
 
+def environment(device: str) -> dict[str, str]:
+    """Variables that have to be set before torch and Triton are imported to run on that device."""
+    if device == "cuda":
+        return {"TRITON_INTERPRET": "0"}
+    # threads do not survive in a copied process: autograd's, of which a GPU needs one, and the tokenizers'
+    return {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+
+
 def not_run(detail: str) -> dict:
     """The outcome of an item that has not run to its end."""
     return {"status": NOT_RUN, "seconds": 0.0, "detail": detail}
@@ -101,11 +120,10 @@ class _Worker:
     def __init__(self, setting: Setting) -> None:
         # nothing is timed in a rehearsal, whose machine may have other work
         self._patience = setting.pick(1, 4)
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
+        self.pipe, theirs = setting.processes.Pipe()
         with tempfile.NamedTemporaryFile(dir=setting.scratch, suffix=".log", delete=False) as log:
             self._log = Path(log.name)
-        self._process = context.Process(target=_serve, args=(theirs, setting, self._log))
+        self._process = setting.processes.Process(target=_serve, args=(theirs, setting, self._log))
         self._process.start()
         # or the end of the process would not close the pipe
         theirs.close()
@@ -133,7 +151,9 @@ class _Worker:
 
     def dismiss(self) -> None:
         """Let an idle process exit by itself, which avoids warnings about what it held."""
-        self.pipe.close()
+        # it may not see the end of the pipe, which a later copy of this process holds open
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
         self._process.join(timeout=5.0)
 
     def end(self) -> None:
@@ -158,11 +178,12 @@ def _serve(pipe: connection.Connection, setting: Setting, log: Path) -> None:
     """The worker's side: items come in, outcomes go out, until the parent is gone."""
     os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # not what the parent may have put in their place
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     with log.open("ab") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    # before Triton is imported, and for the processes that an item starts
-    os.environ["TRITON_INTERPRET"] = "1" if setting.device == "cpu" else "0"
+    os.environ |= environment(setting.device)
     os.environ["OMP_NUM_THREADS"] = "1"
     # or every worker would start its own pool of compiling processes
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
@@ -176,8 +197,8 @@ def _serve(pipe: connection.Connection, setting: Setting, log: Path) -> None:
 
         correct_bfloat16()
     with contextlib.suppress(EOFError):
-        while True:
-            pipe.send(_outcome(pipe.recv(), setting))
+        while (item := pipe.recv()) is not None:
+            pipe.send(_outcome(item, setting))
 
 
 def _outcome(item: Item, setting: Setting) -> dict:

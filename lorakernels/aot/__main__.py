@@ -1,9 +1,9 @@
 """python -m lorakernels.aot [--arch sm_80 sm_90 gfx942 ...] [--dtype bf16 ...] [--all] [--json FILE]
 
 Without arguments: the part for continuous integration, the launches of sm_80, sm_90, sm_100 and gfx942 in
-bf16 with float32 adapters, at ranks 8, 16 and 64, with the weight by rows and even widths. Compiled kernels
-stay in Triton's cache (TRITON_CACHE_DIR), whose key is their source. Exits with 1 where a kernel does not
-compile, spills, or breaks a limit of its chip.
+bf16 with float32 adapters, at ranks 8, 16 and 64 (with dropout or ragged rows at 64), with the weight by rows
+and even widths. Compiled kernels stay in Triton's cache (TRITON_CACHE_DIR), whose key is their source. Exits
+with 1 where a kernel does not compile, spills, or breaks a limit of its chip.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple
 
 CI_ARCHS, CI_DTYPES = ("sm_80", "sm_90", "sm_100", "gfx942"), ("bf16+fp32",)
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     records = []
     for found in _compile_all(options):
         records += [Record(**one) for one in found]
-    records = sorted(set(records), key=lambda one: (one.arch, one.dtype, one.kernel, one.role, one.tile))
+    records = sorted(set(records), key=lambda one: (one.arch, one.dtype, one.kernel, one.role, astuple(one)))
     print(_table(records))
     for arch in options.arch:
         print(f"\n{roofline.table(CHIPS[arch])}")
@@ -75,8 +76,8 @@ def _compile_all(options: argparse.Namespace) -> Iterator[list[dict]]:
             # tf32 is NVIDIA's
             if dtype == "tf32" and not CHIPS[arch].nvidia:
                 continue
-            for launch in launches(CHIPS[arch], dtype):
-                if launch.role.startswith(options.only) and (options.all or not launch.rare):
+            for launch in launches(CHIPS[arch], dtype, everything=options.all):
+                if launch.role.startswith(options.only):
                     work.setdefault((arch, dtype, launch.call.name, launch.tile), []).append(launch)
     groups = [(arch, dtype, found) for (arch, dtype, *_), found in work.items()]
     if options.jobs <= 1:

@@ -1,10 +1,9 @@
-"""Compile a launch for an absent chip; read registers, spills and the main loop off the machine code."""
+"""Compile a launch for an absent chip; read registers and spills off the machine code, the main loop off the
+assembly that it was made from."""
 
 import json
-import os
 import re
 import subprocess
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,10 +53,10 @@ def compile_launches(work: tuple[str, str, list[Launch]]) -> list[dict]:
 
 
 def _compile(chip: Chip, dtype: str, launch: Launch) -> list[Record]:
-    loaded: list[tuple[str, dict[str, str], str]] = []
+    loaded: list[tuple[str, dict[str, str]]] = []
 
     def collect(module, function, name, metadata_group, hash) -> None:
-        loaded.append((name, metadata_group, hash))
+        loaded.append((name, metadata_group))
 
     # one device for each launch, so that each is seen to load its own
     triton.runtime.driver.set_active(StandInDriver(chip, (chip.arch, dtype, launch)))
@@ -72,10 +71,10 @@ def _compile(chip: Chip, dtype: str, launch: Launch) -> list[Record]:
         knobs.runtime.kernel_load_end_hook.remove(collect)
 
 
-def _record(chip: Chip, dtype: str, launch: Launch, name: str, files: dict[str, str], key: str) -> Record:
+def _record(chip: Chip, dtype: str, launch: Launch, name: str, files: dict[str, str]) -> Record:
     metadata = json.loads(Path(files[f"{name}.json"]).read_text())
     threads = metadata["num_warps"] * chip.target.warp_size
-    counts = _cached(key, lambda: (_nvidia if chip.nvidia else _amd)(name, files))
+    counts = (_nvidia if chip.nvidia else _amd)(name, files)
     return Record(
         kernel=name,
         role=launch.role,
@@ -93,38 +92,19 @@ def _record(chip: Chip, dtype: str, launch: Launch, name: str, files: dict[str, 
     )
 
 
-def _cached(key: str, measure) -> dict[str, int]:
-    """measure(), remembered beside Triton's own cache under the kernel's hash."""
-    path = Path(knobs.cache.dir) / "lorakernels-aot" / f"{key}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        pass
-    measured = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        json.dump(measured, file)
-    os.replace(temporary, path)
-    return measured
-
-
 def _nvidia(name: str, files: dict[str, str]) -> dict[str, int]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-    def dump(option: str) -> str:
-        command = [str(tool), option, files[f"{name}.cubin"]]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    registers, stack = _found(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage")).groups()
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", dump("-sass"))]
-    index_of = {at: index for index, (at, _) in enumerate(code)}
-    loops = []
-    for index, (at, text) in enumerate(code):
-        jump = re.search(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < at and int(jump[1], 16) in index_of:
-            loops.append([line for _, line in code[index_of[int(jump[1], 16)] : index + 1]])
-    matrix, copies = _main_loop(loops, r"\b(HGMMA|HMMA|QGMMA|UTC\w*MMA)\b", r"\b(LDGSTS|UTMALDG)\b")
+    command = [str(tool), "--dump-resource-usage", files[f"{name}.cubin"]]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = _found(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    # PTX, of which ptxas makes the machine's one for one unless it unrolls a loop; disassembling is slow
+    matrix, copies = _main_loop(
+        Path(files[f"{name}.ptx"]).read_text(),
+        label=r"(\$L\w+):",
+        jump=r"\bbra(?:\.uni)?\s+(\$L\w+)",
+        matrix=r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b",
+        copy=r"\bcp\.async\.(c[ag]|bulk)\.",
+    )
     return {
         "registers": int(registers),
         "spill_bytes": int(stack),
@@ -134,20 +114,17 @@ def _nvidia(name: str, files: dict[str, str]) -> dict[str, int]:
 
 
 def _amd(name: str, files: dict[str, str]) -> dict[str, int]:
-    lines = Path(files[f"{name}.amdgcn"]).read_text().splitlines()
-    text = "\n".join(lines)
+    text = Path(files[f"{name}.amdgcn"]).read_text()
 
     def number(field: str) -> int:
         return int(_found(rf"\.{field}:\s*(\d+)", text)[1])
 
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L\w+):", line))}
-    loops = []
-    for index, line in enumerate(lines):
-        jump = re.search(r"s_c?branch\w*\s+(\.L\w+)", line)
-        if jump and labels.get(jump[1], index) < index:
-            loops.append(lines[labels[jump[1]] : index + 1])
     matrix, copies = _main_loop(
-        loops, r"\bv_s?mfma", r"\b(global|buffer)_load_lds|\bbuffer_load\S* .*\blds\b"
+        text,
+        label=r"(\.L\w+):",
+        jump=r"s_c?branch\w*\s+(\.L\w+)",
+        matrix=r"\bv_s?mfma",
+        copy=r"\b(global|buffer)_load_lds|\bbuffer_load\S* .*\blds\b",
     )
     # a scalar register that moves to a vector one costs no memory: only these two do
     spilled = max(4 * 64 * number("vgpr_spill_count"), number("private_segment_fixed_size"))
@@ -166,10 +143,17 @@ def _found(pattern: str, text: str) -> re.Match[str]:
     return match
 
 
-def _main_loop(loops: list[list[str]], matrix: str, copy: str) -> tuple[int, int]:
+def _main_loop(text: str, *, label: str, jump: str, matrix: str, copy: str) -> tuple[int, int]:
     """Matrix instructions and async copies of the shortest loop that has the most of the former."""
-    counts = [(sum(bool(re.search(matrix, line)) for line in body), -len(body), body) for body in loops]
+    lines = text.splitlines()
+    labels = {match[1]: index for index, line in enumerate(lines) if (match := re.match(label, line))}
+    counts = []
+    for index, line in enumerate(lines):
+        back = re.search(jump, line)
+        if back and labels.get(back[1], index) < index:
+            body = lines[labels[back[1]] : index + 1]
+            counts.append((sum(bool(re.search(matrix, one)) for one in body), -len(body), body))
     if not counts:
         return 0, 0
     most, _, body = max(counts, key=lambda item: item[:2])
-    return most, sum(bool(re.search(copy, line)) for line in body)
+    return most, sum(bool(re.search(copy, one)) for one in body)

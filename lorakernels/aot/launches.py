@@ -7,7 +7,7 @@ alignment) from them as it does at a launch.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ _ROLES = {
     "lora_linear_shrink_kernel": "shrink",
     "lora_linear_reduce_kernel": "reduce",
     "lora_linear_backward_kernel": "adapter_grad dS dB",
-    "lora_linear_sum_kernel": "adapter_grad dA",
+    "lora_linear_sum_kernel": "adapter_grad over rows",
     "layer_norm_shrink_kernel": "layer norm and shrink",
     "linear_cross_entropy_forward_kernel": "cross entropy forward",
     "linear_cross_entropy_backward_kernel": "cross entropy weight gradient",
@@ -58,13 +58,11 @@ class Launch:
     Attributes:
         role: what it is for.
         tile: how it is cut.
-        rare: compiled on demand only.
     """
 
     role: str
     tile: str
     call: KernelCall
-    rare: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -121,28 +119,38 @@ class _Loss:
         forward_and_backward(trace, lambda: linear_cross_entropy(hidden, weight, labels))
 
 
-def launches(chip: Chip, dtype: str) -> list[Launch]:
-    """Every distinct launch for that chip and dtype (a key of DTYPES)."""
+def launches(chip: Chip, dtype: str, *, everything: bool = True) -> list[Launch]:
+    """Every distinct launch for that chip and dtype (a key of DTYPES).
+
+    Without everything: of weights by rows and even widths. With dropout or ragged rows the largest rank of
+    either way to dS and dB, and of ragged rows the largest tile, stand for all: they are the first to spill.
+    """
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
-        return list(dict.fromkeys([*_layers(chip, dtype), *_norms(chip, dtype), *_losses(chip, dtype)]))
+        launches = [
+            *_layers(chip, dtype, everything),
+            *_norms(chip, dtype, everything),
+            *_losses(chip, dtype),
+        ]
+        return list(dict.fromkeys(launches))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _layers(chip: Chip, dtype: str) -> Iterator[Launch]:
+def _layers(chip: Chip, dtype: str, everything: bool) -> Iterator[Launch]:
     for shape, by_columns, dropout_p in itertools.product(SIZES, (False, True), (0.0, DROPOUT)):
         operands, (_, n, k) = DTYPES[dtype][0], SIZES[shape]
         gemms = shipped_gemms(operands, chip.traits, aligned=is_aligned(operands, n, k), masked=dropout_p > 0)
         for gemm, rank in itertools.product(gemms, RANKS):
-            # of ragged rows the largest tile and rank stand for all: they are the first to spill
-            largest = gemm.tile == max((one.tile for one in gemms if one.tile), key=str) and rank == RANKS[-1]
-            rare = by_columns or shape == ODD or (shape == RAGGED and not largest)
+            rare = by_columns or shape == ODD or (shape == RAGGED and gemm != gemms[0])
+            rare |= rank == RANKS[0] and (shape == RAGGED or dropout_p > 0)
+            if rare and not everything:
+                continue
             layer = _Layer(dtype, SIZES[shape], rank, dropout_p, by_columns)
             for direction, call in _calls(chip, f"triton:{gemm}", layer):
                 role = _role(call, direction, by_columns) + shape
-                yield Launch(role, str(gemm) if call.name in GEMMS else f"rank {rank}", call, rare)
+                yield Launch(role, str(gemm) if call.name in GEMMS else f"rank {rank}", call)
 
 
 def _role(call: KernelCall, direction: str, by_columns: bool) -> str:
@@ -157,11 +165,13 @@ def _role(call: KernelCall, direction: str, by_columns: bool) -> str:
     return f"{role}, weight by columns" if by_columns and (call.name in GEMMS or role == "pack") else role
 
 
-def _norms(chip: Chip, dtype: str) -> Iterator[Launch]:
+def _norms(chip: Chip, dtype: str, everything: bool) -> Iterator[Launch]:
     for shape, dropout_p, rank in itertools.product(SIZES, (0.0, DROPOUT), RANKS):
-        rare = shape == ODD or (shape == RAGGED and rank != RANKS[-1])
+        rare = shape == ODD or (rank == RANKS[0] and (shape == RAGGED or dropout_p > 0))
+        if rare and not everything:
+            continue
         for direction, call in _calls(chip, "triton", _Norm(dtype, SIZES[shape], rank, dropout_p)):
-            yield Launch(_role(call, direction, False) + shape, f"rank {rank}", call, rare)
+            yield Launch(_role(call, direction, False) + shape, f"rank {rank}", call)
 
 
 def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:

@@ -1,8 +1,8 @@
 """Bytes and FLOPs of one launch of a Triton kernel: what each kernel reads, writes and multiplies.
 
 A program of a thin kernel handles a block of ranks: x or dy is read once for every such block. FLOPs count
-the parts into which a float32 factor is split beside 16 bits. What is read again while it is in the cache, such
-as the rows of a layer norm, is counted once.
+the parts into which a float32 factor is split beside 16 bits. What is read again while it is in the cache,
+such as the rows of a layer norm, is counted once.
 """
 
 from collections.abc import Callable

@@ -104,9 +104,9 @@ def make_other(
 
 
 def make_compiled_peft(setting: Setting, problem: check.Case) -> baselines.Layer:
-    """PEFT's layer under torch.compile; a rehearsal need not wait for a compiler."""
+    """PEFT's layer under torch.compile."""
     layer, adapters = baselines.peft_linear(problem)
-    return torch.compile(layer, **setting.pick({}, {"backend": "eager"})), adapters
+    return torch.compile(layer, **setting.compiler), adapters
 
 
 def make_auto(problem: check.Case, exact: check.Exact, roundings: int) -> Side:

@@ -13,14 +13,12 @@ from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
 from benchmarks.gpu_check.speed.models import HEAD_ROWS
 from benchmarks.gpu_check.speed.sides import (
-    GRAPH,
     MODES,
     Case,
     Differentiated,
     Side,
     UnavailableError,
     other_side,
-    remembered_rows,
 )
 from lorakernels import dispatch, linear_cross_entropy
 from lorakernels.ops.linear_cross_entropy import check
@@ -74,6 +72,7 @@ def check_loss(findings: Findings, setting: Setting, mode: str) -> None:
         f"loss over {rows} rows of {vocabulary} logits, width {width}, {dispatch.dtype_name(hidden.dtype)}",
         FLOOR,
         mode,
+        has_loss=True,
         extra={
             "case": {"rows": rows, "dtype": dispatch.dtype_name(hidden.dtype)},
             "flops": dict.fromkeys((FLOOR, OURS), 4 * rows * vocabulary * width),
@@ -85,8 +84,7 @@ def check_loss(findings: Findings, setting: Setting, mode: str) -> None:
         LIGER: lambda: make_other(lambda: liger(setting.device)),
         **{name: functools.partial(make_other, lambda loss=loss: loss) for name, loss in OTHERS.items()},
     }
-    with remembered_rows(mode == GRAPH):
-        case.measure(findings, setting, builders)
+    case.measure(findings, setting, builders)
 
 
 def products_alone(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:

@@ -49,21 +49,19 @@ def sharing(base: BloomForCausalLM) -> BloomForCausalLM:
 
 def builders(setting: Setting) -> dict[str, Build]:
     """Every way to train the model, by name; PEFT as installed first."""
-    # a rehearsal need not wait for a compiler: the tracing is the same
-    options = setting.pick({}, {"backend": "eager"})
 
     def compiled_peft(build: Build) -> Build:
         def made(model: BloomForCausalLM) -> nn.Module:
             model = build(model)
             for block in model.base_model.model.transformer.h:
-                block.compile(**options)
+                block.compile(**setting.compiler)
             return model
 
         return made
 
     def compiled_ours(model: BloomForCausalLM) -> nn.Module:
         model = bloom_step.with_bloomft(model)
-        compile_blocks(model, **options)
+        compile_blocks(model, **setting.compiler)
         return model
 
     return {

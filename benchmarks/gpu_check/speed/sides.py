@@ -34,6 +34,8 @@ MOST_ROUNDS, WARMUP_ROUNDS = 50, 2
 EAGER, GRAPH, WARM = "eager", "graph", "warm"
 # what is timed, and how an item's name says so
 MODES = {EAGER: "", GRAPH: ", as a graph"}
+# what the title says where `remembered_rows`
+REMEMBERED = ", lorakernels' loss with the rows that have labels found beforehand"
 
 
 class UnavailableError(Exception):
@@ -152,6 +154,8 @@ class Case:
         mode: eager; as a replayed graph; or warm, which runs every side once and times nothing.
         seconds: for the rounds.
         weights: bytes that the peak of every side counts besides what it takes itself.
+        has_loss: whether our sides call `linear_cross_entropy`, of which a graph needs `remembered_rows`;
+            title and extra_info say so.
         extra: joins extra_info.
     """
 
@@ -162,6 +166,7 @@ class Case:
     mode: str
     seconds: float = 5.0
     weights: int = 0
+    has_loss: bool = False
     extra: dict[str, object] = field(default_factory=dict)
 
     def measure(
@@ -176,6 +181,16 @@ class Case:
         self._sides: dict[str, Side] = {}
         self._memory: dict[str, int] = {}
         self._errors: dict[str, float] = {}
+        with remembered_rows(self._remembers):
+            return self._measure(findings, setting, builders)
+
+    @property
+    def _remembers(self) -> bool:
+        return self.has_loss and self.mode == GRAPH
+
+    def _measure(
+        self, findings: Findings, setting: Setting, builders: Mapping[str, Callable[[], Side]]
+    ) -> dict[str, Side]:
         for name, build in builders.items():
             self._add(findings, setting, name, build)
         if self.mode == WARM:
@@ -200,13 +215,16 @@ class Case:
             floor=self.floor if self.floor in timed else next(iter(timed)),
             rounds=setting.pick(MOST_ROUNDS, 2),
             warmup=setting.pick(WARMUP_ROUNDS, 0),
-            title=self.title + (", as a replayed graph" if self.mode == GRAPH else ""),
+            title=self.title
+            + (", as a replayed graph" if self.mode == GRAPH else "")
+            + (REMEMBERED if self._remembers else ""),
             device=setting.device,
             with_host=True,
             memory={name: self._memory[name] + self.weights for name in timed},
             **({"memory_of_weights": self.weights} if self.weights else {}),
             errors=self._errors,
             left_out=self.left_out,
+            **({"remembered_rows": self._remembers} if self.has_loss else {}),
             **self.extra,
         )
         rounds.extra_info["gpu_state"] = {"before": before, "after": gpu_state(setting.device)}

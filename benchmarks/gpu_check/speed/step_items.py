@@ -22,7 +22,6 @@ from benchmarks.gpu_check.speed.sides import (
     Case,
     Side,
     free_memory,
-    remembered_rows,
 )
 from benchmarks.interleave import ONLY, is_ours
 from lorakernels.tolerance import relative_error
@@ -75,6 +74,7 @@ def measure(
         mode,
         seconds=12.0,
         weights=held,
+        has_loss=True,
         extra={
             "counts": {"unit": "tokens", "number": ids.numel()},
             "case": {"model": "bloom-1b7", "layers": shape.layers, "rows": rows, "tokens": shape.tokens,
@@ -89,8 +89,7 @@ def measure(
     if mode != WARM:
         for name, make in models.products(setting, shape, rows, head=True).items():
             builders[name] = lambda make=make: Side({ONLY: make()})
-    with remembered_rows(mode == GRAPH):
-        sides = case.measure(findings, setting, builders)
+    sides = case.measure(findings, setting, builders)
     if mode == EAGER and models.OURS in sides:
         found = findings.cases[case.name]["extra_info"]
         found["kernels"] = {models.OURS: profile(sides[models.OURS].phases[ONLY], setting.device)}

@@ -1,7 +1,7 @@
 """The GEMM with the update on chips that have a tensor memory accelerator (CUDA from 9.0 on).
 
 One persistent kernel: a program for each multiprocessor walks over the tiles, and the loop over tiles is one
-with that over K, so that the operands of the next tile are on their way while a result is stored. The update is
+with that over K, so that the next tile's operands are on their way while a result is stored. The update is
 further trips of the K loop, which select another pair of descriptors.
 """
 

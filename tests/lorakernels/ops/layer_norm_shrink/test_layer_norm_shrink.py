@@ -153,7 +153,7 @@ def test_every_implementation_takes_s_as_it_is(backend, dropout_p, device):
     case = layer_check.random_case(48, weight, 5, torch.float32)
     seed = torch.tensor([SEED], device=device)
     case = replace(case, dropout_p=dropout_p, seed=seed if dropout_p else case.seed)
-    run = layer_implementations.select(case, backend)
+    run = layer_implementations.select(case, backend, "forward")
     other = torch.randn(48, 5, generator=torch.Generator().manual_seed(1)).to(device)
     y, s = run.forward(replace(case, s=other))
     assert torch.equal(s, other)
