@@ -112,7 +112,15 @@ def test_a_spill_is_found():
 def test_a_kernel_that_launches_share_is_listed_for_each(tmp_path):
     # dA multiplies x with the parts of dS, two under either dtype of the adapters
     path = tmp_path / "records.json"
-    command = [sys.executable, "-m", "lorakernels.aot", "--json", str(path), "--only", "adapter_grad over rows"]
+    command = [
+        sys.executable,
+        "-m",
+        "lorakernels.aot",
+        "--json",
+        str(path),
+        "--only",
+        "adapter_grad over rows",
+    ]
     command += ["--arch", "sm_90", "--dtype", "bf16", "bf16+fp32", "--jobs", "1"]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=200)
     listed = {"bf16": [], "bf16+fp32": []}

@@ -13,49 +13,55 @@ from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
-from lorakernels.ops.lora_linear import triton
+from lorakernels.ops.lora_linear.triton import parts, thin
 from lorakernels.trace.__main__ import main
 
 BUDGETS = Path(__file__).parents[2] / "budgets.json"
-shrink, pack, one_pass = triton._shrink, triton._pack, triton._one_pass
+shrink, reduce, one_pass = thin.shrink, parts.reduce, thin.both_thin_gradients
 
 
-def copied(x, *others):
+def copied(layout, x, *others, **options):
     """One more copy of x."""
-    return shrink(x.clone(), *others)
+    return shrink(layout, x.clone(), *others, **options)
 
 
-def waiting(x, *others):
+def waiting(layout, x, *others, **options):
     """The host reads a number off x."""
     if x.amax().item() == 0.0:
         raise ValueError("x: expected something else than zeros")
-    return shrink(x, *others)
+    return shrink(layout, x, *others, **options)
 
 
-def without_launch(factor, x, rank_contiguous):
-    """What packs the factor is left out."""
-    with patch.object(triton, "_launch_reduce", lambda *_: None):
-        return pack(factor, x, rank_contiguous)
+def without_launch(*arguments, **options):
+    """What adds partial sums is left out."""
+    with patch.object(parts, "_launch_reduce", lambda *_, **__: None):
+        return reduce(*arguments, **options)
 
 
-def in_more_parts(dy, factor, s):
-    """As many launches, and partial sums of dS for more splits."""
-    with patch.object(triton, "PROGRAMS", 16 * triton.PROGRAMS):
-        return one_pass(dy, factor, s)
+def in_more_parts(*arguments):
+    """As many launches, and partial sums of dB for more splits."""
+    with patch.object(thin, "PASS_PROGRAMS", 16 * thin.PASS_PROGRAMS):
+        return one_pass(*arguments)
 
 
-CHANGES = {"_shrink": (shrink, copied, waiting), "_pack": (without_launch,), "_one_pass": (in_more_parts,)}
+CHANGES = (
+    (thin, "shrink", shrink),
+    (thin, "shrink", copied),
+    (thin, "shrink", waiting),
+    (parts, "reduce", without_launch),
+    (thin, "both_thin_gradients", in_more_parts),
+)
 
 
-def judged(name: str, change) -> tuple[int, str]:
-    """Exit status and messages for one case with triton's function of that name replaced."""
+def judged(module, name: str, change) -> tuple[int, str]:
+    """Exit status and messages for one case with a function of that name replaced."""
     case = ["--case", "r=8 bfloat16, lorakernels:triton", "--budgets", str(BUDGETS)]
     messages = io.StringIO()
     table = contextlib.redirect_stdout(io.StringIO())
-    with patch.object(triton, name, change), contextlib.redirect_stderr(messages), table:
+    with patch.object(module, name, change), contextlib.redirect_stderr(messages), table:
         status = main(case)
     return status, messages.getvalue()
 
 
 if __name__ == "__main__":
-    print(json.dumps([judged(name, change) for name, changes in CHANGES.items() for change in changes]))
+    print(json.dumps([judged(*change) for change in CHANGES]))
