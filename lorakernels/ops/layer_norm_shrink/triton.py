@@ -9,6 +9,7 @@ a float32 A is multiplied in two 16-bit parts, high and low. Dropout is lora_lin
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from lorakernels.launching import launch
 from lorakernels.ops.layer_norm_shrink.reference import Problem, Results
@@ -17,13 +18,15 @@ from lorakernels.ops.lora_linear.triton.parts import FLOAT16_SHIFT, split_factor
 from lorakernels.ops.lora_linear.triton.target import precision
 from lorakernels.ops.lora_linear.triton.thin import ThinTile
 
-# By element size, for ranks up to SMALL_RANK and above; of few registers, so that an H100 holds all programs
-# of 8,192 16-bit rows at once, up to rank 64.
+# By element size and whether there is dropout, for ranks up to SMALL_RANK and above; of few registers, so that
+# an H100 holds all programs of 8,192 16-bit rows at once, up to rank 64.
 SMALL_RANK = 16
 TILES = {
-    2: (ThinTile(16, 128, 4, 3), ThinTile(32, 64, 8, 3)),
-    # one stage: the pointers of more are too many registers where widths are odd
-    4: (ThinTile(16, 64, 4, 1), ThinTile(32, 32, 8, 1)),
+    (2, False): (ThinTile(16, 128, 4, 3), ThinTile(32, 64, 8, 3)),
+    (2, True): (ThinTile(16, 128, 4, 3), ThinTile(32, 64, 8, 3)),
+    # one stage: the pointers of more are too many registers
+    (4, False): (ThinTile(16, 64, 4, 1), ThinTile(32, 32, 8, 1)),
+    (4, True): (ThinTile(16, 64, 8, 1), ThinTile(32, 32, 8, 1)),
 }
 
 
@@ -125,7 +128,7 @@ def forward(problem: Problem) -> Results:
     x, lora_a = problem.x, problem.lora_a
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     (m, k), rank = x.shape, lora_a.shape[0]
-    tile, columns = tile_of(x.dtype, rank), max(16, triton.next_power_of_2(k))
+    tile, columns = _tile_of(x, rank, problem.dropout_p), max(16, triton.next_power_of_2(k))
     h = torch.empty(m, k, dtype=x.dtype, device=x.device)
     s, mean, rstd = (torch.empty(m, size, dtype=torch.float32, device=x.device) for size in (rank, 1, 1))
     with torch.cuda.device_of(x):
@@ -145,7 +148,7 @@ def forward(problem: Problem) -> Results:
     return h, s, mean, rstd
 
 
-def tile_of(dtype: torch.dtype, rank: int) -> ThinTile:
-    """What a program reads of x at a time, for x of that dtype and the rank of A."""
-    small, large = TILES[dtype.itemsize]
+def _tile_of(x: Tensor, rank: int, dropout_p: float) -> ThinTile:
+    """What a program reads of x at a time."""
+    small, large = TILES[x.element_size(), dropout_p > 0]
     return small if rank <= SMALL_RANK else large

@@ -158,11 +158,12 @@ def test_mean_over_masks_is_the_value_without_dropout(backend, device):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("installed", [False, True])
-def test_aten_is_a_candidate_on_a_gpu(installed, dropout_p, monkeypatch):
+def test_aten_is_a_candidate_on_a_gpu(installed, direction, dropout_p, monkeypatch):
     tile = implementations.Implementation("triton:tile", None, None)
     monkeypatch.setattr(implementations, "has_triton", lambda: installed)
-    monkeypatch.setattr(implementations, "triton_implementations", lambda x, dropout_p: (tile,))
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    names = [one.name for one in implementations.candidates(on_gpu, dropout_p)]
+    monkeypatch.setattr(implementations, "triton_implementations", lambda *_: (tile,))
+    on_gpu = SimpleNamespace(x=SimpleNamespace(is_cuda=True, dtype=torch.bfloat16), dropout_p=dropout_p)
+    names = [one.name for one in implementations.candidates(on_gpu, direction)]
     assert names == ["aten", *(["triton:tile"] if installed else [])]
