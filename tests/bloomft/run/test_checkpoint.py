@@ -88,7 +88,7 @@ def first(content: dict, name: str):
 WRONG_FIELDS = {
     "no format": lambda content: content.pop("format"),
     "a list": lambda content: content.update(format=[2]),
-    "another format": lambda content: content.update(format=4),
+    "another format": lambda content: content.update(format=5),
     "kernels of another kind": lambda content: content.update(kernels=["aten"]),
     "no precision": lambda content: content.pop("precision"),
     "a precision of another name": lambda content: content.update(precision="int8"),
@@ -194,8 +194,8 @@ def test_what_another_version_of_torch_keeps_beside_it_is_no_misfit(short_run, s
 
 def test_what_is_no_damage_is_not_passed_over(short_run):
     path = short_run().run_dir / "last.ckpt"
-    rewrite(path, lambda content: content.update(format=4))
-    with pytest.raises(UserError, match=r"checkpoint format 4; this program reads formats 1 to 3"):
+    rewrite(path, lambda content: content.update(format=5))
+    with pytest.raises(UserError, match=r"checkpoint format 5; this program reads formats 1 to 4"):
         short_run()
 
 
