@@ -35,11 +35,12 @@ def step_inputs(batch: Batch, labels: int, vocabulary: int, *, fill_rows: bool) 
 
 def _filled(rows: Tensor, total: int) -> Tensor:
     """``rows`` [n] out of ``total`` and the first others, ascending, to the next of `SIZES` sizes."""
-    size = max(1, -(-len(rows) * SIZES // total))
+    unit = -(-total // SIZES)
+    size = min(max(1, -(-len(rows) // unit)) * unit, total)
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[rows] = True
     others = (~chosen).nonzero()[:, 0]
-    chosen[others[: -(-size * total // SIZES) - len(rows)]] = True
+    chosen[others[: size - len(rows)]] = True
     return chosen.nonzero()[:, 0]
 
 
