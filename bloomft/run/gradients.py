@@ -1,4 +1,4 @@
-"""The gradients of all adapters in one buffer: added to by the backward pass, clipped and zeroed as one."""
+"""The gradients of all adapters in one buffer: added to, clipped and zeroed as one."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ ALIGNMENT = 4
 
 
 class FlatGradients:
-    """The gradients of ``parameters``, which share a dtype and a device, as views of one zeroed tensor.
+    """The gradients of ``parameters``, which share a dtype and a device, as views of one tensor.
 
-    A backward pass adds to them in place, so that their memory is the same for the whole run.
+    They are there from the start, zero, and keep their places, so that a CUDA graph can add to them.
 
     Attributes:
-        buffer: [n], zero between the parts.
+        buffer: [n], zero between the gradients.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -29,23 +29,18 @@ class FlatGradients:
         for parameter, length in zip(parameters, lengths, strict=True):
             parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
             start += length
-        # by identity, since tensors compare by element
-        self._missing = {id(parameter) for parameter in parameters}
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda reached: self._missing.discard(id(reached)))
-            for parameter in parameters
-        ]
+        self._parameters = list(parameters)
 
-    def check_reached(self) -> None:
-        """Raise RuntimeError where the first backward pass missed a parameter, as checkpointing can silently
-        cause; later calls do nothing."""
-        if self._hooks and self._missing:
-            raise RuntimeError(
-                f"no gradient reached {len(self._missing)} of {len(self._hooks)} adapter tensors"
-            )
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+    def add(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``, a scalar.
+
+        Raises RuntimeError where there is none for a parameter, as checkpointing can silently cause.
+        """
+        # not by loss.backward(), which would add one parameter at a time
+        new = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        if missing := sum(gradient is None for gradient in new):
+            raise RuntimeError(f"no gradient reached {missing} of {len(new)} adapter tensors")
+        torch._foreach_add_([parameter.grad for parameter in self._parameters], new)
 
     def clip(self, largest: float) -> Tensor:
         """Scale to a norm of at most ``largest`` (0: not at all), as `torch.nn.utils.clip_grad_norm_` does.

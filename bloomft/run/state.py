@@ -130,6 +130,7 @@ class RunState:
         """Forward and backward of one micro-batch, the one place for them.
 
         ``labels`` counts those of the whole step: its loss and gradients do not depend on how it is cut.
+        Raises RuntimeError where no gradient reaches an adapter.
         """
         vocabulary = self.model.config.vocab_size
         inputs = step_inputs(batch, labels, vocabulary, fill_rows=self.fixed_shapes)
@@ -150,16 +151,15 @@ class RunState:
         if seed is not None:
             self._seeds.set(seed)
         loss = self.model(**{name: tensor for name, tensor in inputs.items() if name != "seed"}).loss
-        self.scaler.scale(loss).backward()
+        self.gradients.add(self.scaler.scale(loss))
         return loss.detach()
 
     def reduce_gradients(self, clip: float) -> None:
         """The one place that completes the gradients of a step, once all micro-batches are in them.
 
         A sum over several processes belongs before the rest: unscaling, their norm, and clipping to ``clip``
-        (0: not at all). Raises RuntimeError where the first step's backward pass missed an adapter.
+        (0: not at all).
         """
-        self.gradients.check_reached()
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = self.gradients.clip(clip)
 

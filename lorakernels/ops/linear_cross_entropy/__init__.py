@@ -40,7 +40,8 @@ def linear_cross_entropy(
 
     On a GPU the operator waits for the device to learn which rows have a label. ``rows``, int64 [n] on
     hidden's device, tells it: indices without repetition that name every row with a label, and as many
-    ignored rows as the caller likes, which change nothing. Neither they nor the labels are checked then.
+    ignored rows as the caller likes, whose loss and gradient are zero if their hidden states are finite.
+    Neither they nor the labels are checked then.
 
     Raises TypeError for labels or rows that are not integers and for mixed or non-floating dtypes, ValueError
     for shapes that do not fit, labels out of range and an unknown reduction.
