@@ -14,8 +14,8 @@ decide for every later process. What ran out of memory is not kept at all: anoth
 for the call, and later calls try again.
 
 LORAKERNELS_BACKEND forces an implementation wherever backend="auto" is asked for, by its whole name or the
-part before the colon. LORAKERNELS_CACHE_DIR moves the file on disk. Nothing can be measured while a CUDA graph
-is captured: a problem that is new then is an error.
+part before the colon. LORAKERNELS_CACHE_DIR moves the file on disk. Nothing can be measured while a CUDA
+graph is captured: a problem that is new then is an error.
 """
 
 import contextlib
@@ -245,8 +245,8 @@ def _while_capturing(problem: str, known: Sequence[Candidate]) -> Candidate:
     winner = None if stand_in is None else _winner(Choice(stand_in.name), known)
     if winner is None:
         raise RuntimeError(
-            f"lorakernels: nothing is chosen yet for {problem}, and nothing can be measured while a CUDA graph "
-            "is captured: run the captured function once before"
+            f"lorakernels: nothing is chosen yet for {problem}, and nothing can be measured while a CUDA "
+            "graph is captured: run the captured function once before"
         )
     return winner
 

@@ -167,8 +167,8 @@ class TrainConfig:
     compile: bool = _key(False, "torch.compile the blocks")
     cuda_graph: bool | str = _key(
         "auto",
-        "replay forward and backward of a micro-batch from one CUDA graph; auto is wherever that can be, with "
-        "packed rows and a base without dropout; a resumed run keeps its own",
+        "replay forward and backward of a micro-batch from one CUDA graph; auto is wherever that is "
+        "possible, with packed rows and a base without dropout; a resumed run keeps its own",
         choices=("auto", False),
     )
     resume: str = _key(

@@ -344,7 +344,8 @@ def supervised_rows(labels: Tensor, document_ids: Tensor | None = None) -> Tenso
     """
     if document_ids is not None:
         labels = ignore_first_labels(labels, document_ids)
-    return (nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX).flatten().nonzero()[:, 0]
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return (shifted != IGNORE_INDEX).flatten().nonzero()[:, 0]
 
 
 FUSED_CLASSES = {

@@ -52,7 +52,8 @@ class TrainingState:
         window: loss sum and label count since the last line of metrics.jsonl.
         kernels: which implementation each operator took; None in files of formats 1 and 2.
         precision: of the frozen base, "fp32", "bf16" or "fp16"; None in files of formats 1 and 2.
-        cuda_graph: whether steps were replayed from a CUDA graph; None on a CPU and in files of formats 1 to 3.
+        cuda_graph: whether steps were replayed from a CUDA graph; None on a CPU and in files of formats 1
+            to 3.
         base_eval_loss: held-out loss before the first step, None without held-out documents.
         config: the resolved configuration as YAML.
         lora: rank, scale and what else shapes the adapters.

@@ -1,4 +1,4 @@
-"""Forward and backward of a micro-batch as one CUDA graph: recorded once for a size, replayed for every other.
+"""Forward and backward of a micro-batch as one CUDA graph: recorded once for a size, then replayed.
 
 The host then launches one graph in place of a few thousand kernels. A replay runs the recorded kernels on the
 recorded addresses, so everything that changes between micro-batches is a tensor at a fixed place: the inputs

@@ -25,7 +25,8 @@ def step_inputs(batch: Batch, labels: int, vocabulary: int, *, fill_rows: bool) 
         lowest, highest = torch.stack(known.aminmax()).tolist()
         if lowest < 0 or highest >= vocabulary:
             raise ValueError(
-                f"labels: expected 0..{vocabulary - 1} or {IGNORE_INDEX}, got values from {lowest} to {highest}"
+                f"labels: expected 0..{vocabulary - 1} or {IGNORE_INDEX}, "
+                f"got values from {lowest} to {highest}"
             )
     rows = supervised_rows(given, batch.get("document_ids"))
     if fill_rows:

@@ -298,7 +298,7 @@ def test_other_sources_ask_for_another_measurement(monkeypatch):
 def test_a_problem_that_is_new_under_capture_is_an_error(monkeypatch):
     pair = (candidate("baseline", 0.02), candidate("fast", 0.0))
     monkeypatch.setattr(dispatch, "_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="chosen yet for p, .* run the captured function once before"):
+    with pytest.raises(RuntimeError, match=r"chosen yet for p, .* run the captured function once before"):
         dispatch.choose("p", pair, FakeTrial)
     assert FakeTrial.made == 0
     assert dispatch.kernel_choices() == {}

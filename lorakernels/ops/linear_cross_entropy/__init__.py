@@ -141,9 +141,13 @@ def _forward(
         unscaled = losses.new_zeros(rows if with_gradient else 0, hidden.shape[1])
         return losses, losses.new_zeros(rows, 2), unscaled
     hidden, labels = _rows(hidden, index), _rows(labels, index)
+    ignored = None if given is None else labels == ignore_index
+    if ignored is not None:
+        # any valid one: ignore_index itself is no column
+        labels = labels.masked_fill(ignored, 0)
     losses, statistics, gradient = _implementation(hidden).forward(hidden, weight, labels, with_gradient)
-    if given is not None:
-        losses = losses.masked_fill(labels == ignore_index, 0.0)
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0.0)
     losses, statistics = _spread(losses, index, rows), _spread(statistics, index, rows)
     if gradient is None:
         return losses, statistics, losses.new_empty(0, hidden.shape[1])

@@ -1,4 +1,4 @@
-"""A CUDA graph's meaning without a GPU: every operator runs again on the tensors that it was recorded with."""
+"""What a CUDA graph does, without a GPU: every operator runs again on the tensors of its recording."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A recorded step replayed on other batches has the bits of the step as it is; what would be baked in shows."""
+"""A recorded step, replayed on other batches, has the bits of the step as it is; what is baked in shows."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,9 @@ SIZES = {8, 16, 24, 32, 40, 48, 56, 63}  # of the loss, for 3 x 21 tokens
 REPLAYED, PLAIN = True, False
 
 
-def make_run(replayed: bool, *, dropout_p: float = 0.0, checkpointing: bool | str = False, **options) -> RunState:
+def make_run(
+    replayed: bool, *, dropout_p: float = 0.0, checkpointing: bool | str = False, **options
+) -> RunState:
     model = patch_bloom(tiny_model(n_layer=3), r=4, scale=2.0, dropout_p=dropout_p)
     for layer in adapted_layers(model).values():
         torch.nn.init.normal_(layer.lora_b, std=0.1)
@@ -63,7 +65,8 @@ def train(run: RunState, first: int = 0, steps: int = STEPS) -> list[torch.Tenso
             run.forward_backward(batch, labels)
         run.reduce_gradients(1.0)
         run.optimizer_step(ACCUMULATED * ROWS)
-        seen += [run.grad_norm, run.window.loss.clone(), *(value.detach().clone() for value in run.parameters)]
+        seen += [run.grad_norm, run.window.loss.clone()]
+        seen += [value.detach().clone() for value in run.parameters]
     return seen
 
 
