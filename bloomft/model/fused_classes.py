@@ -163,8 +163,8 @@ class FusedBloomForCausalLM(BloomForCausalLM):
     In training mode with labels the logits of the fused loss are None and never exist; ``skip_logits=False``
     asks for them, ``skip_logits=True`` leaves them out in eval mode too.
 
-    The fused loss waits for the device to learn which rows have a label. ``label_rows`` tells it, see
-    `supervised_rows`; the labels are not checked then.
+    The fused loss waits for the device to learn which rows have a label. ``supervised_rows`` tells it, see
+    `rows_with_labels`; the labels are not checked then.
     """
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -182,7 +182,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
         skip_logits: bool | None = None,
-        label_rows: Tensor | None = None,
+        supervised_rows: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | CausalLMOutputWithCrossAttentions:
         """As `BloomForCausalLM.forward`, and ``document_ids`` [B, T]: packed documents.
@@ -211,7 +211,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
                 kept = slice_logits_to_keep(document_ids[..., None], logits_to_keep)[..., 0]
                 labels = ignore_first_labels(labels, kept, kwargs.get("ignore_index", IGNORE_INDEX))
             if logits is None:
-                loss = self._loss_from_hidden(hidden, labels, label_rows, **kwargs)
+                loss = self._loss_from_hidden(hidden, labels, supervised_rows, **kwargs)
             else:
                 loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
 
@@ -272,7 +272,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         self,
         hidden: Tensor,
         labels: Tensor,
-        label_rows: Tensor | None,
+        supervised_rows: Tensor | None,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORE_INDEX,
         shift_labels: Tensor | None = None,
@@ -286,7 +286,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             shift_labels.flatten().to(hidden.device),
             ignore_index=ignore_index,
             reduction=reduction,
-            rows=label_rows,
+            rows=supervised_rows,
         )
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
@@ -336,8 +336,8 @@ def ignore_first_labels(labels: Tensor, document_ids: Tensor, ignore_index: int 
     return labels.masked_fill(begins, ignore_index)
 
 
-def supervised_rows(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """The ``label_rows`` of a batch: int64 [n], ascending indices into its B·T rows of hidden states.
+def rows_with_labels(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """The ``supervised_rows`` of a batch: int64 [n], ascending indices into its B·T rows of hidden states.
 
     labels [B, T] and document_ids [B, T] are those that the model is given, on the CPU for a result without
     waiting: a row counts where the token after it has a label and is of the same document.

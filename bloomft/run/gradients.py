@@ -25,11 +25,12 @@ class FlatGradients:
         lengths = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters]
         first = parameters[0]
         self.buffer = torch.zeros(-(-sum(lengths) // ROW) * ROW, dtype=first.dtype, device=first.device)
+        self._parameters, self._parts = list(parameters), []
         start = 0
         for parameter, length in zip(parameters, lengths, strict=True):
             parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
+            self._parts.append(parameter.grad)
             start += length
-        self._parameters = list(parameters)
 
     def add(self, loss: Tensor) -> None:
         """Add the gradients of ``loss``, a scalar.
@@ -40,7 +41,7 @@ class FlatGradients:
         new = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         if missing := sum(gradient is None for gradient in new):
             raise RuntimeError(f"no gradient reached {missing} of {len(new)} adapter tensors")
-        torch._foreach_add_([parameter.grad for parameter in self._parameters], new)
+        torch._foreach_add_(self._parts, list(new))
 
     def clip(self, largest: float) -> Tensor:
         """Scale to a norm of at most ``largest`` (0: not at all), as `torch.nn.utils.clip_grad_norm_` does.

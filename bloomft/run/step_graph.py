@@ -16,6 +16,7 @@ from transformers import BloomForCausalLM
 
 from bloomft.config.keys import TrainConfig
 from bloomft.model.fused_block import takes_fused_inputs
+from bloomft.model.fused_classes import FusedBloomForCausalLM
 from bloomft.run.random_states import restore_rng_states, rng_states
 from bloomft.run.step_inputs import Inputs, StaticInputs
 
@@ -63,7 +64,7 @@ class CudaGraphs:
 class StepGraph:
     """``calculate``, which adds a micro-batch's gradients to ``gradients`` and returns its loss, recorded.
 
-    One recording for each length of label_rows. ``calculate`` takes tensors on ``device``.
+    One recording for each length of supervised_rows. ``calculate`` takes tensors on ``device``.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class StepGraph:
         if self._static is None:
             self._static = StaticInputs(inputs, self._device)
         loaded = self._static.load(inputs)
-        size = len(loaded["label_rows"])
+        size = len(loaded["supervised_rows"])
         if size not in self._recordings:
             self._recordings[size] = self._record(loaded)
         loss, replay = self._recordings[size]
@@ -91,17 +92,31 @@ class StepGraph:
         return loss
 
     def _record(self, loaded: Inputs) -> tuple[Tensor, Replay]:
-        """Recorded after warm-ups, which measure and compile what is new; gradients are as before."""
+        """Recorded after warm-ups, which measure and compile what is new.
+
+        Gradients and random states are as before. Raises RuntimeError where it cannot be recorded.
+        """
         gradients, states = self._gradients.clone(), rng_states()
         for _ in range(WARM_UPS):
-            # nothing of a warm-up stays: its autograd graph would tie the capture to another stream
+            last = rng_states()
+            # no result is kept: its autograd graph would tie the capture to the stream of the warm-up
             self._recorder.warm_up(lambda: self._calculate(loaded))
-        if any(not torch.equal(state, states[name]) for name, state in rng_states().items()):
-            restore_rng_states(states)
-            raise RuntimeError("a step that draws random numbers cannot be captured; train.cuda_graph=false")
-        recorded = self._recorder.record(lambda: self._calculate(loaded))
+        drawn = any(not torch.equal(state, last[name]) for name, state in rng_states().items())
+        restore_rng_states(states)
+        if drawn:
+            raise _cannot_record("it draws random numbers")
+        try:
+            recorded = self._recorder.record(lambda: self._calculate(loaded))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _cannot_record(str(error)) from error
         self._gradients.copy_(gradients)
         return recorded
+
+
+def _cannot_record(reason: str) -> RuntimeError:
+    return RuntimeError(f"the step cannot be captured in a CUDA graph (train.cuda_graph=false): {reason}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,8 @@ def obstacle(model: BloomForCausalLM, *, packing: bool) -> str | None:
         return "data.packing=false: rows differ in length"
     if draws_random_numbers(model):
         return "the base has dropout"
-    if not all(map(takes_fused_inputs, model.transformer.h)) or not model.fuses_loss({}):
+    fuses_loss = isinstance(model, FusedBloomForCausalLM) and model.fuses_loss({})
+    if not fuses_loss or not all(map(takes_fused_inputs, model.transformer.h)):
         return "the base takes transformers' own attention or loss"
     return None
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bloomft.batch import IGNORE_INDEX, Batch, pinned
-from bloomft.model.fused_classes import supervised_rows
+from bloomft.model.fused_classes import rows_with_labels
 
 # Rows of the loss are filled up to a multiple of this share of all rows: so many sizes are met at most.
 SIZES = 8
@@ -14,7 +14,7 @@ Inputs = dict[str, Tensor]
 
 
 def step_inputs(batch: Batch, labels: int, vocabulary: int, *, fill_rows: bool) -> Inputs:
-    """The tensors of ``batch``, ``label_rows`` [n] int64 and ``num_items_in_batch`` [] int64, on the CPU.
+    """``batch``, and ``supervised_rows`` [n] and ``num_items_in_batch`` [], both int64, on the CPU.
 
     ``labels`` counts those of the whole optimizer step; as a tensor, so that a captured step does not keep
     the first one's. With ``fill_rows`` n is one of `SIZES` numbers, reached by rows without a label. Raises
@@ -28,10 +28,10 @@ def step_inputs(batch: Batch, labels: int, vocabulary: int, *, fill_rows: bool) 
                 f"labels: expected 0..{vocabulary - 1} or {IGNORE_INDEX}, "
                 f"got values from {lowest} to {highest}"
             )
-    rows = supervised_rows(given, batch.get("document_ids"))
+    rows = rows_with_labels(given, batch.get("document_ids"))
     if fill_rows:
         rows = _filled(rows, given.numel())
-    return {**batch, "label_rows": rows, "num_items_in_batch": torch.tensor(labels)}
+    return {**batch, "supervised_rows": rows, "num_items_in_batch": torch.tensor(labels)}
 
 
 def _filled(rows: Tensor, total: int) -> Tensor:
@@ -48,19 +48,20 @@ def _filled(rows: Tensor, total: int) -> Tensor:
 class StaticInputs:
     """Tensors on a device that hold the inputs of one micro-batch after another, always at the same address.
 
-    ``first`` gives their shapes, of which only the length of label_rows may change.
+    ``first`` gives their shapes, of which only the length of supervised_rows may change.
     """
 
     def __init__(self, first: Inputs, device: torch.device) -> None:
         self._places = {name: torch.empty_like(tensor, device=device) for name, tensor in first.items()}
-        self._places["label_rows"] = torch.empty(first["labels"].numel(), dtype=torch.int64, device=device)
+        rows = first["labels"].numel()
+        self._places["supervised_rows"] = torch.empty(rows, dtype=torch.int64, device=device)
 
     def load(self, inputs: Inputs) -> Inputs:
         """``inputs`` at their places, copied in the order of the device's work, without waiting for it."""
         loaded = {}
         for name, place in self._places.items():
             tensor = inputs[name]
-            loaded[name] = place[: len(tensor)] if name == "label_rows" else place
+            loaded[name] = place[: len(tensor)] if name == "supervised_rows" else place
             if tensor.shape != loaded[name].shape:
                 raise RuntimeError(
                     f"{name}: expected shape {list(loaded[name].shape)} as before, got {list(tensor.shape)}"
