@@ -126,6 +126,30 @@ def test_a_replayed_step_by_the_kernels_of_a_gpu(checkpointing):
     assert same_bits(train(by_triton(REPLAYED), steps=2), plain)
 
 
+def test_what_a_first_warm_up_draws_moves_no_seed():
+    """As a measurement or a compilation may."""
+
+    class Measuring(RecordedReplay):
+        warm_ups = 0
+
+        def warm_up(self, calculate):
+            if self.warm_ups % step_graph.WARM_UPS == 0:
+                torch.rand(7)
+            self.warm_ups += 1
+            super().warm_up(calculate)
+
+    plain = train(make_run(PLAIN, dropout_p=0.3))
+    assert same_bits(train(make_run(PLAIN, dropout_p=0.3, recorder=Measuring())), plain)
+
+
+def test_a_checkpoint_tells_of_the_graph_where_there_was_a_choice(monkeypatch):
+    runs = {replayed: make_run(replayed) for replayed in (REPLAYED, PLAIN)}
+    assert {run.state_dict()["cuda_graph"] for run in runs.values()} == {None}
+    monkeypatch.setattr(type(runs[PLAIN].model), "device", torch.device("cuda"))
+    for replayed, run in runs.items():
+        assert run.state_dict()["cuda_graph"] is replayed
+
+
 def test_a_failed_capture_says_what_to_do():
     run = make_run(REPLAYED)
 
