@@ -15,4 +15,12 @@ Batch = dict[str, Tensor]
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """``batch`` on ``device``, without waiting for the copies."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: pinned(tensor, device).to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` in memory that a copy to ``device`` reads by itself; on a CPU ``tensor``.
+
+    torch hands out such memory again once the copies from it are done.
+    """
+    return tensor.pin_memory() if device.type == "cuda" and tensor.is_cpu else tensor

@@ -16,8 +16,8 @@ decide for every later process. What ran out of memory is not kept at all: anoth
 for the call, and later calls try again.
 
 LORAKERNELS_BACKEND forces an implementation wherever backend="auto" is asked for, by its whole name or the
-part before the colon. LORAKERNELS_CACHE_DIR moves the file on disk. Nothing is measured while a CUDA graph is
-captured.
+part before the colon. LORAKERNELS_CACHE_DIR moves the file on disk. Nothing can be measured while a CUDA
+graph is captured: a problem that is new then is an error.
 """
 
 import contextlib
@@ -98,22 +98,22 @@ def choose(
     """The candidate to compute problem with: the first one, unless another takes at most margin of its time.
 
     problem names everything the choice may depend on, the device included. make_trial is called, in a thread
-    of its own, if the problem is new; while a CUDA graph is captured the baseline stands in and nothing is
-    remembered.
+    of its own, if the problem is new.
 
     Args:
         reference: what computes the problem where no candidate is right; None where nothing may, since the
             caller asked for these candidates.
 
     Raises:
-        RuntimeError: no candidate is right, nor is the reference.
+        RuntimeError: no candidate is right, nor is the reference; or the problem is new while a CUDA graph is
+            captured.
     """
     known = candidates if reference is None else (*candidates, reference)
     winner = _winner(_choices.get(problem), known)
     if winner is not None:
         return winner
     if _capturing():
-        return candidates[0]
+        return _while_capturing(problem, known)
     with _lock:
         if (stand_in := _waiting(problem, known)) is not None:
             return stand_in
@@ -222,6 +222,18 @@ def _waiting(problem: str, known: Sequence[Candidate]) -> Candidate | None:
         return None
     stand_in.left -= 1
     return _winner(Choice(stand_in.name), known)
+
+
+def _while_capturing(problem: str, known: Sequence[Candidate]) -> Candidate:
+    """The stand-in for a problem whose check ran out of memory; RuntimeError where there is none."""
+    stand_in = _stand_ins.get(problem)
+    winner = None if stand_in is None else _winner(Choice(stand_in.name), known)
+    if winner is None:
+        raise RuntimeError(
+            f"lorakernels: nothing is chosen yet for {problem}, and nothing can be measured while a CUDA "
+            "graph is captured: run the captured function once before"
+        )
+    return winner
 
 
 def _in_thread(measure: Callable[[], _Outcome]) -> _Outcome:

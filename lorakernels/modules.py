@@ -72,6 +72,10 @@ class LoRALinear(nn.Module):
     Made by from_linear. The state dict holds weight, bias, lora_a and lora_b; only lora_a and lora_b train.
     With parts, lora_b has the chosen rows only and full_lora_b() gives all of them. Dropout acts in training
     mode alone.
+
+    Attributes:
+        dropout_seed: int64 [1] on the layer's device, the seed of every forward's dropout mask, for a caller
+            to change in place between steps; None, the default, draws one in each forward.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class LoRALinear(nn.Module):
         self.dropout_p = dropout_p
         self.parts = parts
         self.backend = "auto"
+        self.dropout_seed: Tensor | None = None
 
     @classmethod
     def from_linear(
@@ -164,6 +169,7 @@ class LoRALinear(nn.Module):
             training=self.training,
             backend=self.backend,
             shrunk=shrunk,
+            seed=self.dropout_seed if shrunk is None else None,
         )
 
     @torch.no_grad()

@@ -273,8 +273,8 @@ def test_a_resumed_run_in_other_bits_is_found(tmp_path):
     written = {
         "step": job_items.STEPS, "position": 0, "scheduler": {"last_epoch": 1}, "scaler": {},
         "rng": {"cpu": torch.get_rng_state()}, "window": {"loss": 0.0, "labels": 0}, "kernels": {},
-        "precision": "fp32", "base_eval_loss": None, "config": config_to_yaml(load_config(config)),
-        "lora": {"lora_dim": 1},
+        "precision": "fp32", "cuda_graph": None, "base_eval_loss": None, "lora": {"lora_dim": 1},
+        "config": config_to_yaml(load_config(config)),
         "base": {"name": "a base", "fingerprint": "0"}, "data": "rows",
     }  # fmt: skip
 

@@ -30,6 +30,7 @@ from bloomft.run.checkpoint import load_checkpoint
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RUNS = (("bf16", True), ("bf16", False), ("fp16", False), ("fp32", False))
+GRAPH_RUNS = (("bf16", False), ("bf16", True), ("fp16", "selective"))
 STEPS, SAVED, KILLED = 40, 10, 20
 SCALE = 2.0
 # of metrics.jsonl, what depends on time and memory
@@ -37,8 +38,8 @@ _MEASURED = {"tokens_per_second", "mfu", "peak_memory_gib"}
 
 
 def first() -> list[Item]:
-    """Packed training in each precision, compiled too; the slowest first."""
-    return [
+    """Packed training in each precision, compiled too, the slowest first; with and without a CUDA graph."""
+    jobs = [
         Item(
             f"training {precision}{', compiled' if compiled else ''}",
             check_job,
@@ -47,6 +48,16 @@ def first() -> list[Item]:
         )
         for precision, compiled in RUNS
     ]
+    graphs = [
+        Item(
+            f"training {precision}, with and without a CUDA graph, checkpointing {checkpointing}",
+            check_graph,
+            {"precision": precision, "checkpointing": checkpointing},
+            limit=220.0,
+        )
+        for precision, checkpointing in GRAPH_RUNS
+    ]
+    return [*jobs, *graphs]
 
 
 def rest() -> list[Item]:
@@ -68,6 +79,25 @@ def check_job(findings: Findings, setting: Setting, precision: str, compiled: bo
     finish(findings, start_training(setting, config, killed))
     compare_runs(findings, whole, killed)
     check_exports(findings, config, whole, base)
+
+
+def check_graph(findings: Findings, setting: Setting, precision: str, checkpointing: bool | str) -> None:
+    """A run that replays its steps from a graph and one that does not, from one checkpoint on; and, in
+    `check_job`, a run under the graph that is killed and resumed."""
+    folder = setting.scratch / f"graph-{precision}-{checkpointing}"
+    replayed, plain = folder / "replayed", folder / "plain"
+    plain.mkdir(parents=True)
+    base = make_base(setting, folder, PRECISIONS[precision])
+    config = write_config(setting, folder, base, precision, compiled=False)
+    checkpointed = f"train.gradient_checkpointing={str(checkpointing).lower()}"
+    finish(findings, [*train_command(config, replayed), checkpointed])
+    # it also holds the choices between implementations
+    shutil.copy(replayed / f"step-{SAVED}.ckpt", plain / "last.ckpt")
+    finish(findings, [*train_command(config, plain), checkpointed, "train.cuda_graph=false"])
+    used = "CUDA graph: yes" in (replayed / "log").read_text()
+    findings.require(used or setting.device != "cuda", "no CUDA graph was used")
+    findings.require("CUDA graph: no (as configured)" in (plain / "log").read_text(), "a graph unasked for")
+    compare_runs(findings, replayed, plain)
 
 
 def make_base(setting: Setting, folder: Path, dtype: torch.dtype) -> Path:

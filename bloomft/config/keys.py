@@ -165,6 +165,12 @@ class TrainConfig:
     )
     device: str = _key("auto", "auto is CUDA where there is one", choices=("auto", "cpu", "cuda"))
     compile: bool = _key(False, "torch.compile the blocks")
+    cuda_graph: bool | str = _key(
+        "auto",
+        "replay forward and backward of a micro-batch from one CUDA graph; auto is wherever that is "
+        "possible, with packed rows and a base without dropout; a resumed run keeps its own",
+        choices=("auto", False),
+    )
     resume: str = _key(
         "auto", "`auto`: from last.ckpt where there is one; `never`; or the path of a checkpoint"
     )

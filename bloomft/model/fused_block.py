@@ -145,6 +145,7 @@ class FusedBloomBlock(BloomBlock):
             dropout_p=layer.dropout_p,
             training=layer.training,
             backend=layer.backend,
+            seed=layer.dropout_seed,
         )
         residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
         output, weights = self.self_attention(

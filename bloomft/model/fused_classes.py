@@ -162,6 +162,9 @@ class FusedBloomForCausalLM(BloomForCausalLM):
 
     In training mode with labels the logits of the fused loss are None and never exist; ``skip_logits=False``
     asks for them, ``skip_logits=True`` leaves them out in eval mode too.
+
+    The fused loss waits for the device to learn which rows have a label. ``supervised_rows`` tells it, see
+    `rows_with_labels`; the labels are not checked then.
     """
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -179,6 +182,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
         skip_logits: bool | None = None,
+        supervised_rows: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | CausalLMOutputWithCrossAttentions:
         """As `BloomForCausalLM.forward`, and ``document_ids`` [B, T]: packed documents.
@@ -200,14 +204,14 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         skip_logits = self.training if skip_logits is None else skip_logits
         loss = logits = None
-        if labels is None or not (skip_logits and self._fuses_loss(kwargs)):
+        if labels is None or not (skip_logits and self.fuses_loss(kwargs)):
             logits = self.lm_head(hidden)
         if labels is not None:
             if document_ids is not None:
                 kept = slice_logits_to_keep(document_ids[..., None], logits_to_keep)[..., 0]
                 labels = ignore_first_labels(labels, kept, kwargs.get("ignore_index", IGNORE_INDEX))
             if logits is None:
-                loss = self._loss_from_hidden(hidden, labels, **kwargs)
+                loss = self._loss_from_hidden(hidden, labels, supervised_rows, **kwargs)
             else:
                 loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
 
@@ -253,8 +257,8 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             make_folder(Path(save_directory))
             save_peft_adapter(self, Path(save_directory), self.name_or_path)
 
-    def _fuses_loss(self, options: dict[str, Any]) -> bool:
-        """Whether `_loss_from_hidden` is the loss that transformers would compute with ``options``."""
+    def fuses_loss(self, options: dict[str, Any]) -> bool:
+        """Whether the loss with these keywords, ``options``, is that of transformers made without logits."""
         head = self.lm_head
         return (
             self.loss_function is ForCausalLMLoss
@@ -268,6 +272,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         self,
         hidden: Tensor,
         labels: Tensor,
+        supervised_rows: Tensor | None,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORE_INDEX,
         shift_labels: Tensor | None = None,
@@ -281,6 +286,7 @@ class FusedBloomForCausalLM(BloomForCausalLM):
             shift_labels.flatten().to(hidden.device),
             ignore_index=ignore_index,
             reduction=reduction,
+            rows=supervised_rows,
         )
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
@@ -291,16 +297,17 @@ class FusedBloomForCausalLM(BloomForCausalLM):
 FusedBloomForCausalLM.__name__ = BloomForCausalLM.__name__
 
 
-def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str) -> None:
+def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str, *, preserve_rng_state: bool = True) -> None:
     """Recompute blocks in the backward pass, to save memory; for training with a patched model.
 
     True saves each block's input alone. "selective" also saves what is expensive to recompute, the results
-    of the adapted projections and of attention. False saves everything.
+    of the adapted projections and of attention. False saves everything. ``preserve_rng_state`` is needed
+    where a block draws random numbers, and cannot be captured in a CUDA graph.
     """
     if not mode:
         model.activation_checkpointing_disable()
         return
-    options: dict[str, object] = {"use_reentrant": False}
+    options: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
     model.activation_checkpointing_enable(options)
@@ -327,6 +334,18 @@ def ignore_first_labels(labels: Tensor, document_ids: Tensor, ignore_index: int 
     begins = document_ids[..., 1:] != document_ids[..., :-1]
     begins = nn.functional.pad(begins, (1, 0), value=False).to(labels.device)
     return labels.masked_fill(begins, ignore_index)
+
+
+def rows_with_labels(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """The ``supervised_rows`` of a batch: int64 [n], ascending indices into its B·T rows of hidden states.
+
+    labels [B, T] and document_ids [B, T] are those that the model is given, on the CPU for a result without
+    waiting: a row counts where the token after it has a label and is of the same document.
+    """
+    if document_ids is not None:
+        labels = ignore_first_labels(labels, document_ids)
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return (shifted != IGNORE_INDEX).flatten().nonzero()[:, 0]
 
 
 FUSED_CLASSES = {

@@ -25,7 +25,7 @@ from bloomft.errors import UserError
 from bloomft.files import write_atomically
 from bloomft.process import PRECISIONS
 
-FORMAT = 3
+FORMAT = 4
 LAST = "last.ckpt"
 STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
 
@@ -52,6 +52,8 @@ class TrainingState:
         window: loss sum and label count since the last line of metrics.jsonl.
         kernels: which implementation each operator took; None in files of formats 1 and 2.
         precision: of the frozen base, "fp32", "bf16" or "fp16"; None in files of formats 1 and 2.
+        cuda_graph: whether steps were replayed from a CUDA graph; None on a CPU and in files of formats 1
+            to 3.
         base_eval_loss: held-out loss before the first step, None without held-out documents.
         config: the resolved configuration as YAML.
         lora: rank, scale and what else shapes the adapters.
@@ -69,6 +71,7 @@ class TrainingState:
     window: dict[str, float]
     kernels: dict[str, Any] | None
     precision: str | None
+    cuda_graph: bool | None
     base_eval_loss: float | None
     config: str
     lora: dict[str, Any]
@@ -90,9 +93,10 @@ def save_checkpoint(state: TrainingState, run_dir: Path, *, keep: bool) -> None:
 def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint onto the CPU.
 
-    Files of format 1, which counted micro-batches and had no hash, and of format 2, which had
-    neither kernel choices nor precision, are converted. Raises `DamagedCheckpointError` if bytes have changed
-    or it never was one, `UserError` if it cannot be read or holds what no run writes.
+    Files of format 1, which counted micro-batches and had no hash, of format 2, which had neither kernel
+    choices nor precision, and of format 3, which did not tell of CUDA graphs, are converted. Raises
+    `DamagedCheckpointError` if bytes have changed or it never was one, `UserError` if it cannot be read or
+    holds what no run writes.
     """
     try:
         raw = path.read_bytes()
@@ -114,6 +118,8 @@ def load_checkpoint(path: Path) -> TrainingState:
         raise DamagedCheckpointError(f"{path}: a damaged checkpoint: the hash at its end is missing")
     if version < 3:
         content["kernels"] = content["precision"] = None
+    if version < 4:
+        content["cuda_graph"] = None
     names = {field.name for field in dataclasses.fields(TrainingState)}
     if not names <= content.keys():
         raise UserError(f"{path}: not a checkpoint of bloomft")
@@ -229,6 +235,7 @@ _RULES = {
     "window": lambda value: math.isfinite(value["loss"]) and _is_count(value["labels"]),
     "kernels": lambda value: value is None or isinstance(value, dict),
     "precision": lambda value: value is None or value in PRECISIONS,
+    "cuda_graph": lambda value: value is None or isinstance(value, bool),
     "base_eval_loss": lambda value: value is None or isinstance(value, float),
     "config": _is_config,
     "lora": _is_lora,

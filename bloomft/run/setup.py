@@ -17,6 +17,7 @@ from bloomft.run.checkpoint import LAST, TrainingState, save_checkpoint
 from bloomft.run.precision import Precision, choose_precision
 from bloomft.run.resumption import RunIdentity, find_resumption, resume
 from bloomft.run.state import RunState
+from bloomft.run.step_graph import GraphChoice, choose_graph, draws_random_numbers
 
 
 @dataclass
@@ -55,18 +56,29 @@ def set_up(config: Config, device: torch.device) -> Job:
     base = load_base(config.model.transformer)
     torch.manual_seed(config.data.random_state)
     model = patch_base(base, config.model.lora, device, dtype, least_tokens)
-    checkpoint_blocks(model, config.train.gradient_checkpointing)
+    draws = draws_random_numbers(model)
+    checkpoint_blocks(model, config.train.gradient_checkpointing, preserve_rng_state=draws)
     if config.train.compile:
         compile_blocks(model)
     data = load_data(config.data, base.tokenizer)
-    run = RunState(model, config.optim, fp16=dtype == torch.float16)
+    packing = config.data.packing
+    was = None if resumption.state is None else resumption.state.cuda_graph
+    graph = choose_graph(config.train, model, packing=packing, remembered=was)
+    run = RunState(
+        model,
+        config.optim,
+        fp16=dtype == torch.float16,
+        # a CPU gains nothing, and computes the rows that are filled up
+        fixed_shapes=packing and (device.type == "cuda" or graph.used),
+        recorder=graph.recorder(device),
+    )
     identity = RunIdentity.of(config, base.identity, data.identity)
     if resumption.state is not None and resumption.path is not None:
         resume(run, resumption.state, identity, resumption.path)
     last = config.train.run_dir / LAST
     saved = run.step if resumption.path == last else None
     notes = [
-        *_describe(base, precision, model, data),
+        *_describe(base, precision, graph, model, data),
         *describe_plan(config, data.train),
         describe_memory(model),
         *resumption.notes,
@@ -74,7 +86,9 @@ def set_up(config: Config, device: torch.device) -> Job:
     return Job(run, identity, data, last, saved, notes)
 
 
-def _describe(base: Base, precision: Precision, model: BloomForCausalLM, data: TrainingData) -> Iterator[str]:
+def _describe(
+    base: Base, precision: Precision, graph: GraphChoice, model: BloomForCausalLM, data: TrainingData
+) -> Iterator[str]:
     layers = adapted_layers(model)
     name, first = next(iter(layers.items()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -85,6 +99,7 @@ def _describe(base: Base, precision: Precision, model: BloomForCausalLM, data: T
         f"LoRA: r={first.r} scale={first.scale} on {len(layers)} {name.rpartition('.')[-1]}, "
         f"{trainable:,} of {everything:,} parameters"
     )
+    yield f"CUDA graph: {'yes' if graph.used else 'no'} ({graph.reason})"
     rows, heldout = data.train, data.heldout
     yield f"data: {rows.report.describe()}"
     yield (

@@ -1,6 +1,5 @@
 """What changes while a run trains, in one object: created, stepped, saved and restored."""
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +14,13 @@ from bloomft.batch import Batch, to_device
 from bloomft.config.keys import OptimConfig
 from bloomft.model.patch import adapted_layers, adapter_state, load_adapter_state
 from bloomft.process import precision_of
+from bloomft.run.dropout_seeds import DropoutSeeds
+from bloomft.run.gradients import FlatGradients
 from bloomft.run.optimization import make_optimizer, make_scheduler, restore_scheduler
 from bloomft.run.random_states import restore_rng_states, rng_states
 from bloomft.run.state_dicts import check_like, public
+from bloomft.run.step_graph import Recorder, StepGraph
+from bloomft.run.step_inputs import Inputs, step_inputs
 from lorakernels import kernel_choices, use_kernel_choices
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -72,16 +75,29 @@ class RunState:
         model: the patched model, on its device.
         settings: of the optimizer and the schedule.
         fp16: whether gradients are scaled.
+        fixed_shapes: whether every micro-batch has the same shape and the loss's rows are filled up, so that
+            few sizes are met.
+        recorder: what records forward and backward pass, to replay them; None runs them as they are. Needs
+            fixed_shapes.
 
     Attributes:
         step: optimizer steps done or, with fp16, skipped by the scaler, which ``skipped`` counts.
         position: rows consumed.
+        gradients: of the adapters.
         grad_norm: of the last step, before clipping; a scalar on the device.
         window: since the last line of metrics.jsonl.
         base_eval_loss: held-out loss before the first step, None while it is not known.
     """
 
-    def __init__(self, model: BloomForCausalLM, settings: OptimConfig, *, fp16: bool) -> None:
+    def __init__(
+        self,
+        model: BloomForCausalLM,
+        settings: OptimConfig,
+        *,
+        fp16: bool,
+        fixed_shapes: bool = False,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.model, self.settings = model, settings
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(model, settings)
@@ -89,6 +105,12 @@ class RunState:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
         self.step = self.skipped = self.position = 0
         self.grad_norm = torch.zeros((), device=model.device)
+        self.gradients = FlatGradients(self.parameters)
+        self.fixed_shapes = fixed_shapes
+        self._seeds = DropoutSeeds(adapted_layers(model).values(), model.device)
+        self._graph: StepGraph | None = None
+        if recorder is not None:
+            self._graph = StepGraph(recorder, self._calculate, self.gradients.buffer, model.device)
         self.window = LogWindow(model.device)
         self.base_eval_loss: float | None = None
 
@@ -108,24 +130,38 @@ class RunState:
         """Forward and backward of one micro-batch, the one place for them.
 
         ``labels`` counts those of the whole step: its loss and gradients do not depend on how it is cut.
+        Raises RuntimeError where no gradient reaches an adapter.
         """
-        loss = self.model(**to_device(batch, self.model.device), num_items_in_batch=labels).loss
-        self.scaler.scale(loss).backward()
-        self.window.loss += loss.detach() * labels
+        vocabulary = self.model.config.vocab_size
+        inputs = step_inputs(batch, labels, vocabulary, fill_rows=self.fixed_shapes)
+        if self._seeds.used:
+            inputs["seed"] = self._seeds.draw()
+        if self._graph is None:
+            loss = self._calculate(to_device(inputs, self.model.device))
+        else:
+            loss = self._graph.run(inputs)
+        self.window.loss += loss * labels
+
+    def _calculate(self, inputs: Inputs) -> Tensor:
+        """The loss of inputs on the device, whose gradients are added to ``gradients``.
+
+        It neither waits for the device nor reads what changes between micro-batches but from tensors.
+        """
+        seed = inputs.get("seed")
+        if seed is not None:
+            self._seeds.set(seed)
+        loss = self.model(**{name: tensor for name, tensor in inputs.items() if name != "seed"}).loss
+        self.gradients.add(self.scaler.scale(loss))
+        return loss.detach()
 
     def reduce_gradients(self, clip: float) -> None:
         """The one place that completes the gradients of a step, once all micro-batches are in them.
 
         A sum over several processes belongs before the rest: unscaling, their norm, and clipping to ``clip``
-        (0: not at all). Raises RuntimeError where the first step's backward pass missed an adapter, as
-        checkpointing can silently cause.
+        (0: not at all).
         """
-        if self.step == 0 and (missing := [p for p in self.parameters if p.grad is None]):
-            raise RuntimeError(
-                f"no gradient reached {len(missing)} of {len(self.parameters)} adapter tensors"
-            )
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip or math.inf)
+        self.grad_norm = self.gradients.clip(clip)
 
     def optimizer_step(self, rows: int) -> None:
         """Take the optimizer step of ``rows`` rows, count it, and advance a schedule of steps.
@@ -134,7 +170,7 @@ class RunState:
         """
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.zero()
         self.step, self.position = self.step + 1, self.position + rows
         skipped = self.step - self._steps_done() if self.scaler.is_enabled() else self.skipped
         if skipped == self.skipped and isinstance(self.scheduler, LambdaLR):
@@ -178,6 +214,7 @@ class RunState:
             "window": {"loss": self.window.loss.item(), "labels": self.window.labels},
             "kernels": kernel_choices(),
             "precision": precision_of(self.model.dtype),
+            "cuda_graph": self._graph is not None if self.model.device.type == "cuda" else None,
             "base_eval_loss": self.base_eval_loss,
         }
 

@@ -138,6 +138,8 @@ class _Functions(TorchFunctionMode):
             return self.trace.host_read("tolist", args[0])
         if func is Tensor.cpu and not self.truth.has_data(args[0]):
             return self.trace.host_read("to the CPU", args[0])
+        if func is Tensor.pin_memory:
+            return args[0]  # what is pinned is copied without waiting, which non_blocking says too
         if func in (Tensor.to, Tensor.cuda):
             args = tuple(map(_without_data, args))
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META:

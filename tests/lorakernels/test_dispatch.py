@@ -290,9 +290,27 @@ def test_other_sources_ask_for_another_measurement(monkeypatch):
     assert FakeTrial.made == 2
 
 
-def test_nothing_is_measured_under_capture(monkeypatch):
-    monkeypatch.setattr(dispatch, "_capturing", lambda: True)
+def test_a_problem_that_is_new_under_capture_is_an_error(monkeypatch):
     pair = (candidate("baseline", 0.02), candidate("fast", 0.0))
-    assert dispatch.choose("p", pair, FakeTrial).name == "baseline"
+    monkeypatch.setattr(dispatch, "_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"chosen yet for p, .* run the captured function once before"):
+        dispatch.choose("p", pair, FakeTrial)
     assert FakeTrial.made == 0
     assert dispatch.kernel_choices() == {}
+    monkeypatch.setattr(dispatch, "_capturing", lambda: False)
+    dispatch.choose("p", pair, FakeTrial)
+    monkeypatch.setattr(dispatch, "_capturing", lambda: True)
+    assert dispatch.choose("p", pair, FakeTrial).name == "fast"
+
+
+def test_what_stands_in_for_want_of_memory_does_so_under_capture(monkeypatch):
+    class TooLarge(FakeTrial):
+        def failures(self, one):
+            raise torch.OutOfMemoryError("no memory")
+
+    pair, plain = (candidate("baseline", 0.0), candidate("fast", 0.0)), candidate("plain", 0.0)
+    with pytest.warns(UserWarning, match="unchecked"):
+        assert dispatch.choose("p", pair, TooLarge, reference=plain).name == "plain"
+    monkeypatch.setattr(dispatch, "_capturing", lambda: True)
+    for _ in range(3):
+        assert dispatch.choose("p", pair, TooLarge, reference=plain).name == "plain"

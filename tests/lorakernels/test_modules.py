@@ -161,6 +161,17 @@ def test_bad_parts_are_named(arguments, message):
         RowParts(*arguments)
 
 
+def test_the_dropout_seed_of_a_layer_fixes_its_masks():
+    layer, x = trained(nn.Linear(24, 40), dropout_p=0.5), torch.randn(6, 24)
+    layer.dropout_seed = torch.tensor([3])
+    first = layer(x)
+    assert torch.equal(layer(x), first)
+    layer.dropout_seed.fill_(4)
+    assert not torch.equal(layer(x), first)
+    assert layer.state_dict().keys() == {"weight", "bias", "lora_a", "lora_b"}
+    torch.testing.assert_close(layer.eval()(x), x @ (layer.weight + layer.delta_weight()).T + layer.bias)
+
+
 def test_prepare_chooses_before_the_first_forward(monkeypatch):
     monkeypatch.setitem(dispatch.LARGE, "cpu", 0)
     layer = trained(nn.Linear(24, 40, dtype=torch.bfloat16), dropout_p=0.1)

@@ -11,7 +11,7 @@ from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 from lorakernels.ops.layer_norm_shrink import aten
 from lorakernels.ops.layer_norm_shrink.implementations import select
 from lorakernels.ops.layer_norm_shrink.reference import Problem
-from lorakernels.ops.lora_linear import check_options, draw_seed, seed_shape
+from lorakernels.ops.lora_linear import check_options, draw_seed, given_seed, seed_shape
 from lorakernels.tolerance import accumulation_dtype
 
 __all__ = ["layer_norm_shrink"]
@@ -30,6 +30,7 @@ def layer_norm_shrink(
     dropout_p: float = 0.0,
     training: bool = True,
     backend: str = "auto",
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A frozen layer norm (Ba et al. 2016, arXiv:1607.06450) and what a LoRA linear after it begins with.
 
@@ -44,12 +45,13 @@ def layer_norm_shrink(
         lora_a: [r, K], r >= 1, in x's dtype or float32. It gets no gradient from here.
         scale: multiplies B·A directly (PEFT's lora_alpha / r); finite.
         dropout_p: probability in [0, 1) with which an element of h is dropped in S, the rest scaled by
-            1 / (1 - p). The mask is that of lora_linear for the returned seed, and follows
+            1 / (1 - p). The mask is that of lora_linear for the returned seed, which is seed or follows
             torch.manual_seed.
         training: False turns dropout off.
         backend: "auto" takes what was measured to be faster on a GPU, and torch's operations elsewhere; the
             others force one. "triton" needs a GPU, or CPU tensors under TRITON_INTERPRET=1, and leaves ranks
             above 128 to torch.
+        seed: as in `lora_linear`.
 
     Returns:
         h [..., K], the layer norm in x's dtype (under autocast in autocast's), differentiable in x; S [M, r],
@@ -68,11 +70,12 @@ def layer_norm_shrink(
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
     p = float(dropout_p) if training else 0.0
+    seed = given_seed(seed, p, x.device)
     # detached, or h would ask for a gradient wherever lora_a does
-    h, s, seed, _, _ = _forward_op(
-        x, norm_weight, norm_bias, float(eps), lora_a.detach(), float(scale), p, backend
+    h, s, drawn, _, _ = _forward_op(
+        x, norm_weight, norm_bias, float(eps), lora_a.detach(), float(scale), p, backend, seed
     )
-    return h, s, seed
+    return h, s, drawn if seed is None else seed
 
 
 def _check_tensors(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, lora_a: Tensor) -> None:
@@ -112,23 +115,27 @@ def _forward_op(
     scale: float,
     dropout_p: float,
     backend: str,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    seed = draw_seed(x, dropout_p)
+    drawn = draw_seed(x, dropout_p) if seed is None else seed
     rows = x.reshape(-1, x.shape[-1])
-    problem = Problem(rows, norm_weight, norm_bias, eps, lora_a, scale, dropout_p, seed)
+    problem = Problem(rows, norm_weight, norm_bias, eps, lora_a, scale, dropout_p, drawn)
     h, s, mean, rstd = select(problem, backend).forward(problem)
     # not a view, so that callers may change h in place
     h = torch.ops.aten._unsafe_view(h, x.shape)
     statistics = [*x.shape[:-1], 1]
-    return h, s.contiguous(), seed, mean.view(statistics), rstd.view(statistics)
+    # an operator may not return what it was given: an empty tensor stands for that
+    drawn = drawn if seed is None else seed.new_empty(0)
+    return h, s.contiguous(), drawn, mean.view(statistics), rstd.view(statistics)
 
 
 @_forward_op.register_fake
-def _(x, norm_weight, norm_bias, eps, lora_a, scale, dropout_p, backend):
+def _(x, norm_weight, norm_bias, eps, lora_a, scale, dropout_p, backend, seed=None):
     wide = accumulation_dtype(x.dtype)
     s = x.new_empty(x.shape[:-1].numel(), lora_a.shape[0], dtype=wide)
     mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=wide) for _ in range(2))
-    return x.new_empty(x.shape), s, x.new_empty(seed_shape(dropout_p), dtype=torch.int64), mean, rstd
+    drawn = x.new_empty(seed_shape(dropout_p) if seed is None else 0, dtype=torch.int64)
+    return x.new_empty(x.shape), s, drawn, mean, rstd
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -141,7 +148,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dh, *_without_gradient):
     dx = None if dh is None else aten.backward(dh, *ctx.saved_tensors)
-    return dx, None, None, None, None, None, None, None
+    return dx, None, None, None, None, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -18,8 +18,8 @@ from lorakernels.ops.lora_linear.triton.parts import FLOAT16_SHIFT, split_factor
 from lorakernels.ops.lora_linear.triton.target import precision
 from lorakernels.ops.lora_linear.triton.thin import ThinTile
 
-# By element size and whether there is dropout, for ranks up to SMALL_RANK and above; of few registers, so that
-# an H100 holds all programs of 8,192 16-bit rows at once, up to rank 64.
+# By element size and whether there is dropout, for ranks up to SMALL_RANK and above; of few registers, so
+# that an H100 holds all programs of 8,192 16-bit rows at once, up to rank 64.
 SMALL_RANK = 16
 TILES = {
     (2, False): (ThinTile(16, 128, 4, 3), ThinTile(32, 64, 8, 3)),

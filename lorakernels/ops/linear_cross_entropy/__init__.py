@@ -27,6 +27,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``F.cross_entropy(hidden @ weight.T, labels)`` that never holds a [T, V] tensor.
 
@@ -37,10 +38,15 @@ def linear_cross_entropy(
     "mean" is nan and the gradients are zero, as in `F.cross_entropy`. Both hidden and weight may require a
     gradient; each is made only if it is asked for, and gradients of gradients raise RuntimeError.
 
-    Raises TypeError for labels that are not integers and for mixed or non-floating dtypes, ValueError for
-    shapes that do not fit, labels out of range and an unknown reduction.
+    On a GPU the operator waits for the device to learn which rows have a label. ``rows``, int64 [n] on
+    hidden's device, tells it: indices without repetition that name every row with a label, and as many
+    ignored rows as the caller likes, whose loss and gradient are zero if their hidden states are finite.
+    Neither they nor the labels are checked then.
+
+    Raises TypeError for labels or rows that are not integers and for mixed or non-floating dtypes, ValueError
+    for shapes that do not fit, labels out of range and an unknown reduction.
     """
-    _check(hidden, weight, labels, reduction)
+    _check(hidden, weight, labels, reduction, rows)
     hidden, weight = cast_for_autocast(hidden, weight)
     if hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"hidden: expected float16, bfloat16, float32 or float64, got {hidden.dtype}")
@@ -48,7 +54,7 @@ def linear_cross_entropy(
         raise TypeError(f"weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
     labels = labels.long()
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    losses, _, _ = _forward(hidden, weight, labels, ignore_index, with_gradient)
+    losses, _, _ = _forward(hidden, weight, labels, ignore_index, with_gradient, rows)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -56,7 +62,13 @@ def linear_cross_entropy(
     return losses.sum() / (labels != ignore_index).sum()
 
 
-def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str) -> None:
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    reduction: str,
+    index: torch.Tensor | None,
+) -> None:
     if hidden.ndim != 2:
         raise ValueError(f"hidden: expected shape [T, H], got {list(hidden.shape)}")
     rows, width = hidden.shape
@@ -66,8 +78,12 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, red
         raise ValueError(f"labels: expected shape [{rows}], got {list(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: expected integers, got {labels.dtype}")
-    for name, tensor in (("weight", weight), ("labels", labels)):
-        if tensor.device != hidden.device:
+    if index is not None and (index.ndim != 1 or len(index) > rows):
+        raise ValueError(f"rows: expected shape [n] with n <= {rows}, got {list(index.shape)}")
+    if index is not None and index.dtype != torch.int64:
+        raise TypeError(f"rows: expected torch.int64, got {index.dtype}")
+    for name, tensor in (("weight", weight), ("labels", labels), ("rows", index)):
+        if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected hidden's device {hidden.device}, got {tensor.device}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
@@ -107,18 +123,31 @@ def _spread(values: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tenso
 @torch.library.custom_op("lorakernels::linear_cross_entropy", mutates_args=())
 @without_autocast
 def _forward(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, with_gradient: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    with_gradient: bool,
+    given: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses [T], softmax statistics [T, 2] and the unscaled gradient [T, H] ([0, H] without), zero in
-    ignored rows."""
+    """Losses [T], softmax statistics [T, 2] and the unscaled gradient [T, H] ([0, H] without).
+
+    All are zero in ignored rows; in those that ``given`` names, the losses alone.
+    """
     rows = len(hidden)
-    index = _supervised(labels, ignore_index, len(weight))
+    index = _supervised(labels, ignore_index, len(weight)) if given is None else given
     if len(index) == 0:
         losses = hidden.new_zeros(rows, dtype=accumulation_dtype(hidden.dtype))
         unscaled = losses.new_zeros(rows if with_gradient else 0, hidden.shape[1])
         return losses, losses.new_zeros(rows, 2), unscaled
     hidden, labels = _rows(hidden, index), _rows(labels, index)
+    ignored = None if given is None else labels == ignore_index
+    if ignored is not None:
+        # any valid one: ignore_index itself is no column
+        labels = labels.masked_fill(ignored, 0)
     losses, statistics, gradient = _implementation(hidden).forward(hidden, weight, labels, with_gradient)
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0.0)
     losses, statistics = _spread(losses, index, rows), _spread(statistics, index, rows)
     if gradient is None:
         return losses, statistics, losses.new_empty(0, hidden.shape[1])
@@ -126,7 +155,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, ignore_index, with_gradient):
+def _(hidden, weight, labels, ignore_index, with_gradient, given=None):
     dtype = accumulation_dtype(hidden.dtype)
     losses = hidden.new_empty(hidden.shape[0], dtype=dtype)
     gradient = hidden.new_empty(hidden.shape[0] if with_gradient else 0, hidden.shape[1], dtype=dtype)
@@ -162,10 +191,12 @@ def _weight_backward(
     losses: torch.Tensor,
     statistics: torch.Tensor,
     ignore_index: int,
+    given: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    index = _supervised(labels, ignore_index, len(weight))
+    index = _supervised(labels, ignore_index, len(weight)) if given is None else given
     if len(index) == 0:
         return torch.zeros_like(weight)
+    row_gradient = row_gradient.masked_fill(labels == ignore_index, 0.0)
     parts = (_rows(part, index) for part in (hidden, labels, losses, statistics, row_gradient))
     hidden, labels, losses, statistics, row_gradient = parts
     implementation = _implementation(hidden)
@@ -173,19 +204,19 @@ def _weight_backward(
 
 
 @_weight_backward.register_fake
-def _(row_gradient, hidden, weight, labels, losses, statistics, ignore_index):
+def _(row_gradient, hidden, weight, labels, losses, statistics, ignore_index, given=None):
     return torch.empty_like(weight)
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, labels, ctx.ignore_index, _ = inputs
+    hidden, weight, labels, ctx.ignore_index, _, rows = inputs
     losses, statistics, unscaled = output
     # callers do not get statistics and unscaled, so no zeros stand for their gradients; not marked
     # non-differentiable, so that a gradient of the gradient is refused
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype
     trained = ctx.needs_input_grad[1]
-    ctx.save_for_backward(labels, unscaled, *((hidden, weight, losses, statistics) if trained else ()))
+    ctx.save_for_backward(labels, unscaled, *((hidden, weight, losses, statistics, rows) if trained else ()))
 
 
 def _backward(ctx, row_gradient, _statistics_gradient, _unscaled_gradient):
@@ -194,11 +225,11 @@ def _backward(ctx, row_gradient, _statistics_gradient, _unscaled_gradient):
     if ctx.needs_input_grad[0]:
         hidden_gradient = _hidden_backward(row_gradient, unscaled, labels, ctx.ignore_index, ctx.dtype)
     if head:
-        hidden, weight, losses, statistics = head
+        hidden, weight, losses, statistics, rows = head
         weight_gradient = _weight_backward(
-            row_gradient, hidden, weight, labels, losses, statistics, ctx.ignore_index
+            row_gradient, hidden, weight, labels, losses, statistics, ctx.ignore_index, rows
         )
-    return hidden_gradient, weight_gradient, None, None, None
+    return hidden_gradient, weight_gradient, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)

@@ -31,6 +31,7 @@ def lora_linear(
     training: bool = True,
     backend: str = "auto",
     shrunk: tuple[Tensor, Tensor] | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """A frozen linear layer with a trainable low-rank update (LoRA, arXiv:2106.09685, section 4.1).
 
@@ -42,21 +43,23 @@ def lora_linear(
         lora_b: [N, r] in lora_a's dtype.
         scale: multiplies B·A directly (PEFT's lora_alpha / r); finite.
         dropout_p: probability in [0, 1) with which the update's input elements are dropped, the rest scaled
-            by 1 / (1 - p). The mask follows torch.manual_seed and is the same in every backend.
+            by 1 / (1 - p). The mask is the same in every backend and follows seed, or torch.manual_seed.
         training: False turns dropout off.
         backend: "auto" takes what was measured to be fastest here; the others force one. "triton" needs
             a GPU, or CPU tensors under TRITON_INTERPRET=1.
         shrunk: S and the dropout seed that `layer_norm_shrink` returned beside this very x for the same
             lora_a, scale and dropout; None computes them. S is taken as it is, and all gradients are those of
             S as a function of x and lora_a.
+        seed: int64 [1] on x's device, which fixes the mask (see `reference.keep_mask`); unused without
+            dropout. None draws one from torch's generator.
 
     Returns:
         x @ weight.T + bias + scale * (dropout(x) @ lora_a.T) @ lora_b.T, shape [..., N], in x's dtype; under
         autocast in autocast's dtype. Differentiable once in x, lora_a and lora_b.
 
     Raises:
-        ValueError: a shape, device, probability, scale or backend that does not fit, or a weight, bias or S
-            that asks for a gradient. TypeError: a dtype that does not fit.
+        ValueError: a shape, device, probability, scale or backend that does not fit, a weight, bias or S
+            that asks for a gradient, or a seed beside shrunk. TypeError: a dtype that does not fit.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
     # float32 adapters stay: the operator widens them exactly where 16 bits would lose their update
@@ -65,10 +68,14 @@ def lora_linear(
     _check_tensors(x, weight, bias, lora_a, lora_b)
     check_options(scale, dropout_p, backend, BACKENDS)
     p = float(dropout_p) if training else 0.0
-    s = seed = None
+    s = None
     if shrunk is not None:
+        if seed is not None:
+            raise ValueError("seed: expected None beside shrunk, which holds one already")
         s, seed = shrunk
         _check_shrunk(s, seed, x, lora_a, p)
+    else:
+        seed = given_seed(seed, p, x.device)
     y, _, _ = _forward_op(x, weight, bias, lora_a, lora_b, float(scale), p, backend, s, seed)
     return y
 
@@ -121,6 +128,19 @@ def _check_shrunk(s: Tensor, seed: Tensor, x: Tensor, lora_a: Tensor, dropout_p:
             raise ValueError(f"shrunk: expected {name} on x's device {x.device}, got {tensor.device}")
     if s.requires_grad:
         raise ValueError("shrunk: expected S without a gradient, got one with requires_grad=True")
+
+
+def given_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """seed where dropout uses it, else None; raises ValueError or TypeError where it does not fit."""
+    if seed is None:
+        return None
+    if list(seed.shape) != [1]:
+        raise ValueError(f"seed: expected shape [1], got {_shape(seed)}")
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed: expected torch.int64, got {seed.dtype}")
+    if seed.device != device:
+        raise ValueError(f"seed: expected x's device {device}, got {seed.device}")
+    return seed if dropout_p else None
 
 
 def check_options(scale: float, dropout_p: float, backend: str, backends: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BloomForCausalLM
 
-from bloomft.model.fused_classes import ignore_first_labels
+from bloomft.model.fused_classes import ignore_first_labels, rows_with_labels
 from bloomft.model.patch import fuse_bloom
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.model.conftest import close, plain_twin, tokens, trainer, with_trained_adapters
@@ -169,6 +169,29 @@ def test_a_document_s_first_label_is_ignored():
     documents = torch.tensor([[0, 0, 0, 1, 1]])
     assert ignore_first_labels(labels, documents).tolist() == [[7, 8, -100, -100, 5]]
     assert ignore_first_labels(labels, documents, 3).tolist() == [[7, 8, -100, 3, 5]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_rows_that_are_named_change_nothing(pair, share):
+    """The rows with a label and any others."""
+    model = pair[0].train()
+    labels, documents = labels_with(-100), (torch.arange(T) >= 7).int().expand(B, -1).contiguous()
+    rows = rows_with_labels(labels, documents)
+    shifted = nn.functional.pad(ignore_first_labels(labels, documents)[:, 1:], (0, 1), value=-100).flatten()
+    assert (shifted[rows] != -100).all()
+    assert len(rows) == (shifted != -100).sum()
+    others = (shifted == -100).nonzero()[:, 0]
+    rows = torch.cat([rows, others[: int(share * len(others))]]).sort().values
+    for options in ({}, {"num_items_in_batch": torch.tensor(7)}):
+        arguments = {"labels": labels, "document_ids": documents, "use_cache": False, **options}
+        close(model(IDS, supervised_rows=rows, **arguments).loss, model(IDS, **arguments).loss, 1e-6)
+
+
+def test_rows_that_are_named_are_left_to_the_fused_loss(pair):
+    model = copy.deepcopy(pair[0]).train()
+    model.loss_function = smoothed
+    rows = rows_with_labels(IDS)
+    assert torch.equal(model(IDS, labels=IDS, supervised_rows=rows).loss, model(IDS, labels=IDS).loss)
 
 
 TRAINERS = {

@@ -88,9 +88,11 @@ def first(content: dict, name: str):
 WRONG_FIELDS = {
     "no format": lambda content: content.pop("format"),
     "a list": lambda content: content.update(format=[2]),
-    "another format": lambda content: content.update(format=4),
+    "another format": lambda content: content.update(format=5),
     "kernels of another kind": lambda content: content.update(kernels=["aten"]),
     "no precision": lambda content: content.pop("precision"),
+    "no word of CUDA graphs": lambda content: content.pop("cuda_graph"),
+    "a CUDA graph of another type": lambda content: content.update(cuda_graph="auto"),
     "a precision of another name": lambda content: content.update(precision="int8"),
     "step -3": lambda content: content.update(step=-3),
     "step true": lambda content: content.update(step=True),
@@ -194,8 +196,8 @@ def test_what_another_version_of_torch_keeps_beside_it_is_no_misfit(short_run, s
 
 def test_what_is_no_damage_is_not_passed_over(short_run):
     path = short_run().run_dir / "last.ckpt"
-    rewrite(path, lambda content: content.update(format=4))
-    with pytest.raises(UserError, match=r"checkpoint format 4; this program reads formats 1 to 3"):
+    rewrite(path, lambda content: content.update(format=5))
+    with pytest.raises(UserError, match=r"checkpoint format 5; this program reads formats 1 to 4"):
         short_run()
 
 
@@ -205,8 +207,8 @@ def test_a_checkpoint_of_format_1_is_converted(short_run, settings, tmp_path):
     def older(content):
         assert content["position"] == 16
         content.update(format=1, position=4)
-        content.pop("kernels")
-        content.pop("precision")
+        for later in ("kernels", "precision", "cuda_graph"):
+            content.pop(later)
 
     old = tmp_path / "old.ckpt"
     old.write_bytes((whole / "step-4.ckpt").read_bytes())
@@ -229,14 +231,31 @@ def test_a_checkpoint_of_format_2_had_no_kernel_choices(short_run, settings, tmp
 
     def older(content):
         content["format"] = 2
-        content.pop("kernels")
-        content.pop("precision")
+        for later in ("kernels", "precision", "cuda_graph"):
+            content.pop(later)
 
     rewrite(old, older)
     settings["train"] |= {"output_dir": str(tmp_path / "again"), "resume": str(old)}
     again = short_run().run_dir
     assert same_adapters(again, whole)
     assert "without kernel choices: measured anew" in (again / "log").read_text()
+
+
+def test_a_checkpoint_of_format_3_did_not_tell_of_cuda_graphs(short_run, settings, tmp_path):
+    whole = short_run().run_dir
+    old = tmp_path / "old.ckpt"
+    old.write_bytes((whole / "step-4.ckpt").read_bytes())
+
+    def older(content):
+        content["format"] = 3
+        content.pop("cuda_graph")
+
+    rewrite(old, older)
+    assert load_checkpoint(old).cuda_graph is None
+    settings["train"] |= {"output_dir": str(tmp_path / "again"), "resume": str(old)}
+    again = short_run().run_dir
+    assert same_adapters(again, whole)
+    assert "CUDA graph: no (the device is cpu)\n" in (again / "log").read_text()
 
 
 def test_format_1_without_its_batch_size_is_refused(short_run, tmp_path):

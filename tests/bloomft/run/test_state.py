@@ -51,7 +51,7 @@ def move(run: RunState, steps: int, gradient: float = 1.0) -> list[float]:
     rates = []
     for _ in range(steps):
         for parameter in run.parameters:
-            parameter.grad = torch.full_like(parameter, gradient)
+            parameter.grad.fill_(gradient)
         run.scaler.scale(torch.ones(()))
         run.scaler.unscale_(run.optimizer)
         run.optimizer_step(4)

@@ -185,6 +185,24 @@ def test_lora_linear_uses_the_seed_it_is_given(device):
     assert drawn[0] == drawn[1] == drawn[2]
 
 
+@pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
+def test_a_given_seed_is_used_and_returned(backend, device):
+    problem = check.random_problem(30, 40, 4, torch.float32, torch.float32, device)
+    arguments = (problem.x, problem.norm_weight, problem.norm_bias, problem.eps, problem.lora_a, 2.0)
+    torch.manual_seed(0)
+    h, s, drawn = layer_norm_shrink(*arguments, dropout_p=0.5, backend=backend)
+    state, given = torch.get_rng_state(), drawn.clone()
+    results = layer_norm_shrink(*arguments, dropout_p=0.5, backend=backend, seed=given)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, results, (h, s, drawn)))
+    assert results[2] is given
+    _, other, _ = layer_norm_shrink(*arguments, dropout_p=0.5, backend=backend, seed=given + 1)
+    assert not torch.equal(other, s)
+    assert layer_norm_shrink(*arguments, backend=backend, seed=given)[2].shape == (0,)
+    with pytest.raises(ValueError, match=r"seed: expected shape \[1\]"):
+        layer_norm_shrink(*arguments, dropout_p=0.5, backend=backend, seed=given.expand(2))
+
+
 @pytest.mark.parametrize("leading", [(0,), (0, 5), (2, 0, 3)])
 @pytest.mark.parametrize("backend", ["auto", "reference", "aten", "triton"])
 def test_empty_batch(backend, leading, device):

@@ -141,3 +141,17 @@ def test_errors_name_the_argument(name):
     arguments = {"hidden": hidden, "weight": weight, "labels": labels} | changed
     with pytest.raises(error, match=message):
         linear_cross_entropy(**arguments)
+
+
+def test_opcheck_of_given_rows():
+    hidden, weight, labels = make_problem(9)
+    weight.requires_grad_()
+    rows = (labels != -100).nonzero()[:, 0]
+    operators = torch.ops.lorakernels
+    opcheck(operators.linear_cross_entropy.default, (hidden, weight, labels, -100, True, rows))
+    hidden, weight = hidden.detach(), weight.detach()
+    losses, statistics, _ = operators.linear_cross_entropy(hidden, weight, labels, -100, True, rows)
+    opcheck(
+        operators.linear_cross_entropy_weight_backward.default,
+        (torch.rand(9), hidden, weight, labels, losses, statistics, -100, rows),
+    )

@@ -1,5 +1,6 @@
 """Dropout: one mask for every implementation, torch's generator as source, the statistics it promises."""
 
+import functools
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -29,6 +30,10 @@ def mask_kernel(mask_ptr, seed_ptr, first_row, n_rows, n_columns, dropout_p, BLO
     keep = dropout_keep(seed_ptr, first_row + rows, first_column, dropout_p, BLOCK, BLOCK)
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     tl.store(mask_ptr + rows[:, None] * n_columns + columns[None, :], keep.to(tl.int8), mask=inside)
+
+
+def generator_state(device: str) -> torch.Tensor:
+    return torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
 
 
 def implementation(name: str, device: str) -> implementations.Implementation:
@@ -167,3 +172,49 @@ def test_aten_is_a_candidate_on_a_gpu(installed, direction, dropout_p, monkeypat
     on_gpu = SimpleNamespace(x=SimpleNamespace(is_cuda=True, dtype=torch.bfloat16), dropout_p=dropout_p)
     names = [one.name for one in implementations.candidates(on_gpu, direction)]
     assert names == ["aten", *(["triton:tile"] if installed else [])]
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
+def test_a_given_seed_fixes_the_mask_and_nothing_is_drawn(backend, device):
+    m, n, k, r = 20, 40, 30, 4
+    seed = torch.tensor([-12345678901234567], device=device)
+    problem = check.random_case(m, torch.randn(n, k, device=device), r, torch.float32)
+    leaves = [one.detach().requires_grad_() for one in (problem.x, problem.lora_a, problem.lora_b)]
+    x, lora_a, lora_b = leaves
+    state = generator_state(device)
+    y = lora_linear(
+        x, problem.weight, problem.bias, lora_a, lora_b, problem.scale, dropout_p=0.4, backend=backend,
+        seed=seed,
+    )  # fmt: skip
+    results = [y.detach(), *torch.autograd.grad(y, leaves, problem.dy)]
+    assert torch.equal(generator_state(device), state)
+    multiplier = keep_mask(seed, m, k, 0.4) / (1 - 0.4)
+    assert check.failures(results, problem, multiplier) == []
+    other = keep_mask(seed + 1, m, k, 0.4) / (1 - 0.4)
+    assert check.failures(results, problem, other) != []
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (torch.zeros(2, dtype=torch.int64), ValueError, r"seed: expected shape \[1\], got \[2\]"),
+        (torch.zeros(1), TypeError, "seed: expected torch.int64, got torch.float32"),
+        (torch.zeros(1, dtype=torch.int64, device="meta"), ValueError, "seed: expected x's device"),
+    ],
+)
+def test_a_seed_that_does_not_fit_is_refused(seed, error, message):
+    x, weight = torch.randn(5, 6), torch.randn(7, 6)
+    with pytest.raises(error, match=message):
+        lora_linear(x, weight, None, torch.randn(2, 6), torch.randn(7, 2), 1.0, dropout_p=0.5, seed=seed)
+
+
+def test_a_seed_without_dropout_is_unused_and_one_beside_shrunk_is_refused():
+    x, weight, lora_a, lora_b = torch.randn(5, 6), torch.randn(7, 6), torch.randn(2, 6), torch.randn(7, 2)
+    seed = torch.tensor([7])
+    plain = lora_linear(x, weight, None, lora_a, lora_b, 1.0)
+    assert torch.equal(lora_linear(x, weight, None, lora_a, lora_b, 1.0, seed=seed), plain)
+    dropped = functools.partial(lora_linear, x, weight, None, lora_a, lora_b, 1.0, dropout_p=0.5, seed=seed)
+    assert torch.equal(dropped(training=False), plain)
+    assert not torch.equal(dropped(), plain)
+    with pytest.raises(ValueError, match="seed: expected None beside shrunk"):
+        dropped(shrunk=(x @ lora_a.T, seed))
