@@ -90,10 +90,10 @@ def check_graph(findings: Findings, setting: Setting, precision: str, checkpoint
     base = make_base(setting, folder, PRECISIONS[precision])
     config = write_config(setting, folder, base, precision, compiled=False)
     checkpointed = f"train.gradient_checkpointing={str(checkpointing).lower()}"
-    finish(findings, [*train_command(config, replayed), checkpointed])
+    finish(findings, start_training(setting, config, replayed, checkpointed))
     # it also holds the choices between implementations
     shutil.copy(replayed / f"step-{SAVED}.ckpt", plain / "last.ckpt")
-    finish(findings, [*train_command(config, plain), checkpointed, "train.cuda_graph=false"])
+    finish(findings, start_training(setting, config, plain, checkpointed, "train.cuda_graph=false"))
     used = "CUDA graph: yes" in (replayed / "log").read_text()
     findings.require(used or setting.device != "cuda", "no CUDA graph was used")
     findings.require("CUDA graph: no (as configured)" in (plain / "log").read_text(), "a graph unasked for")
@@ -151,10 +151,10 @@ class Training:
     errors: Path
 
 
-def start_training(setting: Setting, config: Path, run_dir: Path) -> Training:
-    """Train, or resume, in run_dir."""
+def start_training(setting: Setting, config: Path, run_dir: Path, *overrides: str) -> Training:
+    """Train, or resume, in run_dir, with other values for keys of config."""
     errors = run_dir.with_suffix(".stderr")
-    arguments = [str(config), f"train.output_dir={run_dir}"]
+    arguments = [str(config), f"train.output_dir={run_dir}", *overrides]
     process = setting.processes.Process(target=train, args=(arguments, errors, setting.compiler))
     process.start()
     return Training(process, run_dir, errors)
