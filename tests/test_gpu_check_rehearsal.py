@@ -48,6 +48,6 @@ def test_every_item_passes_its_rehearsal_and_is_drawn(tmp_path):
     pictures = report.write_report(cases, tmp_path)
     assert {"step.png", "lora_tax.png", "share_of_limit.png"} <= set(pictures)
     text = (tmp_path / "report.md").read_text("utf-8")
-    for expected in ("bloomft, by kernel:", "lora_linear_forward_kernel", "Milliseconds until the host"):
+    for expected in ("bloomft, by kernel:", "lora_linear_gemm_kernel", "Milliseconds until the host"):
         assert expected in text
     assert "- cuDNN, without ALiBi: cuDNN needs a GPU" in text
