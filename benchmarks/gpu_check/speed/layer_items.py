@@ -41,9 +41,9 @@ def check_layer(findings: Findings, setting: Setting, rank: int, mode: str) -> N
     m, k, n = setting.pick((8192, 2048, 6144), (48, 64, 96))
     problem = make_problem(setting, m, k, n, rank)
     exact = check.exact_results(problem)
-    candidates = implementations.candidates(problem.x, 0.0)
+    candidates = implementations.candidates(problem, "forward")
     if setting.rehearsal:
-        candidates += implementations.triton_implementations(problem.x, 0.0)
+        candidates += implementations.triton_implementations(problem, "forward")
     builders: dict[str, Callable[[], Side]] = {
         name: functools.partial(make_limit, problem, make) for name, make in LIMITS.items()
     }
