@@ -6,7 +6,9 @@ recorded addresses, so everything that changes between micro-batches is a tensor
 loss. What must stay outside: what waits for the device, and what draws random numbers.
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +20,9 @@ from bloomft.config.keys import TrainConfig
 from bloomft.model.fused_block import takes_fused_inputs
 from bloomft.model.fused_classes import FusedBloomForCausalLM
 from bloomft.run.random_states import restore_rng_states, rng_states
-from bloomft.run.step_inputs import Inputs, StaticInputs
+from bloomft.run.step_inputs import Inputs, StaticInputs, row_sizes
 
-# Before a capture, as torch.cuda.graph asks for, so that nothing is made for the first time in it.
+# Before the first capture, as torch.cuda.graph asks for, so that nothing is made for the first time in it.
 WARM_UPS = 3
 
 Replay = Callable[[], None]
@@ -83,36 +85,46 @@ class StepGraph:
         """The loss of ``inputs``, on the CPU; the next call overwrites it."""
         if self._static is None:
             self._static = StaticInputs(inputs, self._device)
+            with self._unchanged():
+                self._warm_up(self._static, inputs)
         loaded = self._static.load(inputs)
         size = len(loaded["supervised_rows"])
         if size not in self._recordings:
-            self._recordings[size] = self._record(loaded)
+            with self._unchanged():
+                self._recordings[size] = self._record(loaded)
         loss, replay = self._recordings[size]
         replay()
         return loss
 
-    def _record(self, loaded: Inputs) -> tuple[Tensor, Replay]:
-        """Recorded after warm-ups, which measure and compile what is new.
+    def _warm_up(self, static: StaticInputs, inputs: Inputs) -> None:
+        """Measure and compile what is new in a step of any size.
 
-        Gradients and random states are as before. Raises RuntimeError where it cannot be recorded.
+        All sizes come before the first recording: what this holds leaves no memory for a step beside it.
+        Raises RuntimeError where a step draws random numbers.
         """
-        gradients, states = self._gradients.clone(), rng_states()
-        for _ in range(WARM_UPS):
-            last = rng_states()
-            # no result is kept: its autograd graph would tie the capture to the stream of the warm-up
-            self._recorder.warm_up(lambda: self._calculate(loaded))
-        drawn = any(not torch.equal(state, last[name]) for name, state in rng_states().items())
-        restore_rng_states(states)
-        if drawn:
+        sizes = row_sizes(inputs["labels"].numel())
+        for size in [*sizes, *sizes[-1:] * (WARM_UPS - 1)]:
+            loaded = static.load({**inputs, "supervised_rows": torch.arange(size)})
+            states = rng_states()
+            self._recorder.warm_up(functools.partial(self._calculate, loaded))
+        if any(not torch.equal(state, states[name]) for name, state in rng_states().items()):
             raise _cannot_record("it draws random numbers")
+
+    def _record(self, loaded: Inputs) -> tuple[Tensor, Replay]:
         try:
-            recorded = self._recorder.record(lambda: self._calculate(loaded))
+            return self._recorder.record(functools.partial(self._calculate, loaded))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise _cannot_record(str(error)) from error
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Afterwards gradients and random states are as they were before."""
+        gradients, states = self._gradients.clone(), rng_states()
+        yield
         self._gradients.copy_(gradients)
-        return recorded
+        restore_rng_states(states)
 
 
 def _cannot_record(reason: str) -> RuntimeError:

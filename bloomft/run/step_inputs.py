@@ -34,10 +34,15 @@ def step_inputs(batch: Batch, labels: int, vocabulary: int, *, fill_rows: bool) 
     return {**batch, "supervised_rows": rows, "num_items_in_batch": torch.tensor(labels)}
 
 
+def row_sizes(total: int) -> list[int]:
+    """The numbers of rows that the loss of ``total`` rows is computed for, ascending: at most `SIZES`."""
+    unit = -(-total // SIZES)
+    return [*range(unit, total, unit), total]
+
+
 def _filled(rows: Tensor, total: int) -> Tensor:
     """``rows`` [n] out of ``total`` and the first others, ascending, to the next of `SIZES` sizes."""
-    unit = -(-total // SIZES)
-    size = min(max(1, -(-len(rows) // unit)) * unit, total)
+    size = next(size for size in row_sizes(total) if size >= len(rows))
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[rows] = True
     others = (~chosen).nonzero()[:, 0]
