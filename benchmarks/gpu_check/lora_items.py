@@ -22,8 +22,8 @@ from lorakernels.ops.lora_linear.triton.tiles import VENDOR
 # M, K and N of query_key_value at 8,192 tokens: BLOOM-1b7, 7b1 and 560m.
 MAIN = {"1b7": (8192, 2048, 6144), "7b1": (8192, 4096, 12288), "560m": (8192, 1024, 3072)}
 RANKS = (8, 16, 64)
-# M, K, N, r: no block divides them. An expanded dy, which comes last and meets the first two again, has only r
-# different sums, and few of them may cancel to nothing: no rule holds for these.
+# M, K, N, r: no block divides them. An expanded dy, which comes last and meets the first two again, has only
+# r different sums, and few of them may cancel to nothing: no rule holds for these.
 RAGGED = ((333, 255, 1001, 70), (77, 129, 300, 19), (130, 63, 257, 1), (1, 517, 131, 7))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 DROPOUT = 0.1

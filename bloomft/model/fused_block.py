@@ -115,7 +115,7 @@ class FusedBloomBlock(BloomBlock):
         norm hands on, nor under autocast, where it is in float32.
         """
         attention, norm = self.self_attention, self.input_layernorm
-        layer = attention.query_key_value
+        layer = cast(nn.Module, attention.query_key_value)
         # a forced Triton runs on a CPU too, interpreted
         if not (hidden_states.is_cuda or (type(layer) is LoRALinear and layer.backend == "triton")):
             return False
@@ -134,8 +134,8 @@ class FusedBloomBlock(BloomBlock):
         self, hidden_states: Tensor, alibi: FusedInputs, *attention_arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As `BloomBlock.forward`, the shrink of query_key_value made with the layer norm before it."""
-        norm, layer = self.input_layernorm, self.self_attention.query_key_value
-        normed, *shrunk = layer_norm_shrink(
+        norm, layer = self.input_layernorm, cast(LoRALinear, self.self_attention.query_key_value)
+        normed, s, seed = layer_norm_shrink(
             hidden_states,
             norm.weight,
             norm.bias,
@@ -149,7 +149,7 @@ class FusedBloomBlock(BloomBlock):
         )
         residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
         output, weights = self.self_attention(
-            normed, residual, alibi._replace(shrunk=tuple(shrunk)), *attention_arguments
+            normed, residual, alibi._replace(shrunk=(s, seed)), *attention_arguments
         )
         normed = self.post_attention_layernorm(output)
         residual = normed if self.apply_residual_connection_post_layernorm else output

@@ -59,4 +59,5 @@ def forward(problem: Problem) -> Results:
 
 def kept_inputs(problem: Problem) -> Tensor | None:
     """The mask [M, K] of the elements of h that dropout keeps, None where there is no dropout."""
-    return keep_mask(problem.seed, *problem.x.shape, problem.dropout_p) if problem.dropout_p else None
+    rows, columns = problem.x.shape
+    return keep_mask(problem.seed, rows, columns, problem.dropout_p) if problem.dropout_p else None

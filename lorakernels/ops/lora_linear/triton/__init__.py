@@ -48,7 +48,7 @@ def backward(problem: Problem, dy: Tensor, s: Tensor, needs: Needs, *, gemm: Gem
     dropout_p, seed = problem.dropout_p, problem.seed
     need_x, need_a, need_b = needs
     need_ds = need_x or need_a
-    dx = da = db = left = None
+    dx = da = db = None
     dy, x, s = _unit_columns(dy), _unit_columns(problem.x), _unit_columns(s)
     layout, factor = Layout.of(x, lora_a), problem.scale / (1 - dropout_p)
     with torch.cuda.device_of(x):
@@ -88,8 +88,9 @@ def _product(
         return vendor_gemm.product(x, weight, bias, left, right)
     if gemm.family is Family.TMA and tma_gemm.addressable(x, weight):
         return tma_gemm.product(x, weight, bias, left, right, dropout_p, seed, gemm.tile)
-    tile = gemm.tile if gemm.family is Family.POINTER else default_gemm(x.dtype).tile
-    return pointer_gemm.product(x, weight, bias, left, right, dropout_p, seed, tile)
+    if gemm.family is not Family.POINTER:
+        gemm = default_gemm(x.dtype)
+    return pointer_gemm.product(x, weight, bias, left, right, dropout_p, seed, gemm.tile)
 
 
 def _unit_columns(tensor: Tensor) -> Tensor:

@@ -249,38 +249,37 @@ def pack(
     s: Tensor | None,
     *,
     whole_s: bool = False,
-) -> tuple[Parts | None, Parts | None, Parts | None]:
+) -> tuple[Parts, Parts, Parts]:
     """Parts of A [r, K] as dx's right factor, of B [N, r] as y's, and of S [M, r].
 
-    Each may be None, as its parts are then. The right factors are stored in the order in which the GEMM reads
+    For one that is None there are none. The right factors are stored in the order in which the GEMM reads
     weight [N, K]. whole_s: S is y's left factor; else it has the parts for the thin products alone.
     """
     rows_adjacent = weight.stride(1) == 1
     s_count = layout.parts if whole_s else min(2, layout.parts)
-    a = b = s_parts = None
-    if lora_a is not None:
-        a = layout.right(lora_a.shape[1], weight, by_columns=rows_adjacent)
-    if lora_b is not None:
-        b = layout.right(len(lora_b), weight, by_columns=not rows_adjacent)
-    if s is not None:
-        s_parts = layout.left(len(s), s, s_count)
-    factors = (None if lora_a is None else lora_a.T, a), (lora_b, b), (s, s_parts)
     # what is not packed has no rows; its pointers still need arguments
-    (a_like, b_like, s_like) = ((weight, weight) if f is None else (f, p.values) for f, p in factors)
-    sizes = [0 if factor is None else len(factor) for factor, _ in factors]
+    nothing = weight, Parts(weight, 0, 0, 0, 1.0)
+    a = b = third = nothing
+    if lora_a is not None:
+        a = lora_a.T, layout.right(lora_a.shape[1], weight, by_columns=rows_adjacent)
+    if lora_b is not None:
+        b = lora_b, layout.right(len(lora_b), weight, by_columns=not rows_adjacent)
+    if s is not None:
+        third = s, layout.left(len(s), s, s_count)
+    sizes = [0 if one is nothing else len(one[0]) for one in (a, b, third)]
     blocks = sum(triton.cdiv(size, PACK_ROWS) for size in sizes)
     launch(
         lora_linear_pack_kernel, (blocks, layout.width // layout.block),
-        *a_like, *b_like, *s_like,
+        a[0], a[1].values, b[0], b[1].values, third[0], third[1].values,
         *sizes, layout.rank,
-        *a_like[0].stride(), *a_like[1].stride(), *b_like[0].stride(), *b_like[1].stride(),
-        s_like[0].stride(0), s_like[1].stride(0),
+        *a[0].stride(), *a[1].values.stride(), *b[0].stride(), *b[1].values.stride(),
+        third[0].stride(0), third[1].values.stride(0),
         BLOCK_M=PACK_ROWS, BLOCK_R=layout.block, WIDTH=layout.width,
         PARTS=layout.parts, S_PARTS=s_count,
         SHIFT=layout.shift if layout.parts == 3 else 1.0, S_SHIFT=layout.shift,
         num_warps=4,
     )  # fmt: skip
-    return a, b, s_parts
+    return a[1], b[1], third[1]
 
 
 def reduce(layout: Layout, partial: Tensor, dtype: torch.dtype, by_columns: bool = False) -> Tensor:

@@ -278,19 +278,21 @@ def lora_linear_sum_kernel(
 
 def shrink(
     layout: Layout, x: Tensor, factor: Parts, scale: float, dropout_p: float, seed: Tensor, *, wide: bool
-) -> tuple[Tensor | None, Parts]:
-    """scale·drop(x)·factor for x [M, K] and factor [K, r]: [M, r] in float32 where wide, and its parts."""
+) -> tuple[Tensor, Parts]:
+    """scale·drop(x)·factor for x [M, K] and factor [K, r]: [M, r] in float32, and its parts.
+
+    Where not wide, the float32 tensor has no rows.
+    """
     m, k = x.shape
     tile = _narrowed(SHRINK_TILES[x.element_size(), layout.block], x, dropout_p)
     block_m = tile.rows if m > FEW_ROWS else 16
-    s = torch.empty(m, layout.rank, dtype=torch.float32, device=x.device) if wide else None
+    s = torch.empty(m if wide else 0, layout.rank, dtype=torch.float32, device=x.device)
     left = layout.left(m, x, layout.parts)
-    s_like = left.values if s is None else s
     launch(
         lora_linear_shrink_kernel, (triton.cdiv(m, block_m), layout.width // layout.block),
-        x, factor.values, s_like, left.values, seed,
+        x, factor.values, s, left.values, seed,
         m, k, layout.rank,
-        x.stride(0), *factor.values.stride(), s_like.stride(0), left.values.stride(0),
+        x.stride(0), *factor.values.stride(), s.stride(0), left.values.stride(0),
         scale, dropout_p,
         BLOCK_M=block_m, BLOCK_K=tile.columns, BLOCK_R=layout.block, WIDTH=layout.width,
         PARTS=layout.parts, LOW=factor.low, SHIFT=layout.shift, WIDE=wide, DROPOUT=dropout_p > 0,

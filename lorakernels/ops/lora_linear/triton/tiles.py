@@ -32,17 +32,21 @@ class Tile:
         return (self.block_m + self.block_n) * self.block_k * self.num_stages * element_size
 
 
+# The vendor's GEMM has tiles of its own.
+NO_TILE = Tile(0, 0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Gemm:
-    """A family and its tile; the vendor's has none of ours."""
+    """A family and its tile."""
 
     family: Family
-    tile: Tile | None = None
+    tile: Tile = NO_TILE
 
     def __str__(self) -> str:
-        if self.family is Family.POINTER:
-            return str(self.tile)
-        return str(self.family) if self.tile is None else f"{self.family}-{self.tile}"
+        if self.family is Family.VENDOR:
+            return str(self.family)
+        return f"{self.family}-{self.tile}" if self.family is Family.TMA else str(self.tile)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def shipped_gemms(dtype: torch.dtype, chip: Chip, *, aligned: bool, masked: bool
     16 bytes. masked: the update is that of dx under dropout, which the vendor's GEMM cannot mask.
     """
     size = dtype.itemsize
+    tiles: tuple[Tile, ...]
     if size == 2 and chip.major >= 9 and aligned:
         family, tiles = Family.TMA, MASKED_TMA_TILES if masked else TMA_TILES
     else:
