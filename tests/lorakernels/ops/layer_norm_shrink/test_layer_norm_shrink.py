@@ -235,10 +235,10 @@ def test_ranks_above_the_kernels_largest_are_torchs(device):
 class OnGpu:
     """What a choice asks of x."""
 
-    is_cuda, is_cpu, device, shape = True, False, torch.device("meta"), (5000, 64)
+    is_cuda, is_cpu, device = True, False, torch.device("meta")
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, rows: int = 2**15) -> None:
+        self.dtype, self.shape = dtype, (rows, 64)
 
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -274,6 +274,20 @@ def test_what_a_gpu_chooses_from(backend, dtype, rank, expected, by_environment,
     chosen = implementations.select(problem, "auto" if by_environment else backend)
     assert asked == [expected]
     assert chosen.name == expected[-1]
+
+
+def test_what_a_gpu_reads_within_a_launch_is_not_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dispatch, "choose", lambda problem, candidates, *_, **__: asked.append(candidates))
+    monkeypatch.setattr(implementations, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "a GPU")
+    problem = check.random_problem(2, 64, 8, torch.float32, torch.float32, "cpu")
+    problem.x = OnGpu(torch.bfloat16, 2**15 - 1)
+    assert implementations.select(problem, "auto") is implementations.ATEN
+    assert not asked
+    problem.x = OnGpu(torch.bfloat16, 2**15)
+    implementations.select(problem, "auto")
+    assert len(asked) == 1
 
 
 def test_a_cpu_does_not_ask(monkeypatch):
