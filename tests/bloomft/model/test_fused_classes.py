@@ -125,6 +125,16 @@ def test_results_of_layer_norms_do_not_wait_for_the_backward_pass(model):
     assert all(result() is None for result in results)
 
 
+def test_residuals_are_added_without_copies_of_gradients(model):
+    with_trained_adapters(model).train()
+    loss = model(tokens(2, 32), labels=tokens(2, 32)).loss
+    with CountCalls() as counter:
+        loss.backward()
+    # what autograd does for an addition to a view
+    assert not counter.calls["aten.as_strided.default"]
+    assert not counter.calls["aten.new_empty_strided.default"]
+
+
 def test_freed_memory_goes_back_only_where_a_backward_pass_will_follow(monkeypatch):
     calls = []
     monkeypatch.setattr(fused_model, "release_freed_memory", lambda: calls.append(1))
