@@ -5,10 +5,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from bloomft.model import fused_classes as fused_model
-from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
+from bloomft.model.fused_classes import checkpoint_blocks
 from bloomft.model.patch import patch_bloom
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.model.conftest import CountCalls, close, plain_twin, tokens, with_trained_adapters
@@ -75,21 +74,6 @@ def test_gradient_checkpointing_reaches_every_adapter(model, use_reentrant):
     for name, gradient in expected.items():
         close(model.get_parameter(name).grad, gradient, 1e-6)
         assert gradient.norm() > 0
-
-
-@pytest.mark.parametrize("mode", [False, True])
-def test_two_compilations_serve_fifty_steps_of_varying_lengths(mode):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    model = with_trained_adapters(tiny_model(n_layer=3), dropout_p=0.1).train()
-    checkpoint_blocks(model, mode)
-    compile_blocks(model, backend=counter)
-    for step in range(50):
-        ids = tokens(2, 8 + step % 29)
-        document_ids = (torch.arange(ids.shape[1]) >= 5).int().expand(2, -1).contiguous()
-        model(ids, labels=ids, document_ids=document_ids).loss.backward()
-    assert counter.frame_count <= 2
-    torch._dynamo.reset()
 
 
 def test_selective_checkpointing_repeats_the_cheap_and_keeps_the_expensive():
