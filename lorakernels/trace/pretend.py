@@ -75,7 +75,7 @@ def cuda_without_gpu(trace: Trace, chip: Chip) -> Iterator[None]:
             # nothing can be timed: the first one that the backend allows
             (dispatch, "choose", lambda problem, candidates, *_, **__: candidates[0]),
             (flex, "flex_attention", attention.stand_in(trace)),
-            (flex, "_compiled", lambda: flex.masked_attention),
+            (flex, "_compiled", lambda **_: flex.masked_attention),
         ):
             stack.enter_context(patch.object(target, name, value))
         stack.enter_context(truth.hidden())
