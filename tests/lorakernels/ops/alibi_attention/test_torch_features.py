@@ -168,7 +168,7 @@ def test_index_tensors_that_kernels_would_misread_are_refused():
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="inductor's insides differ by version")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
-def test_inductors_kernels_read_each_rows_own_blocks():
+def test_inductors_kernels_read_each_rows_own_blocks_in_the_tiles_asked_for():
     """4 rows of 16 blocks: a row further is 16 counts and 256 numbers further, not 0."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.lorakernels.ops.alibi_attention.inductor_cuda_code"],
@@ -177,7 +177,9 @@ def test_inductors_kernels_read_each_rows_own_blocks():
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    eager, dynamic, traced, plain = json.loads(run.stdout.splitlines()[-1])
+    (eager, dynamic, traced, plain), tiles = json.loads(run.stdout.splitlines()[-1])
+    assert tiles.pop("64x64") == {"BLOCK_M": "64", "BLOCK_N": "64"}
+    assert {"BLOCK_M": "64", "BLOCK_N": "64"} not in tiles.values()
     right = {"stride_kv_num_blks_h": "16", "stride_kv_idx_h": "256"}
     right |= {name.replace("stride_", "stride_full_"): value for name, value in right.items()}
     assert eager == traced == right
