@@ -39,10 +39,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, mask: A
     """`alibi_attention` for CUDA tensors, Tq = T; compiles itself where no torch.compile surrounds it."""
     if torch.compiler.is_compiling():
         return masked_attention(query, key, value, slopes, mask)
-    if not _is_constant(tuple(query.shape), mask):
-        return _run(_compiled(constant=False), query, key, value, slopes, mask)
-    tiles = TILES[_select(query).name]
-    return _run(_compiled(constant=True), query, key, value, slopes, mask, tiles)
+    # the same tiles in both, so that a shape's results do not depend on which shapes came before it
+    compiled, tiles = _compiled(constant=_is_constant(tuple(query.shape), mask)), TILES[_select(query).name]
+    return _run(compiled, query, key, value, slopes, mask, tiles)
 
 
 def _run(compiled: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -77,15 +76,13 @@ def _of_varying_shape(*arguments: Any) -> Tensor:
 
 
 def _select(query: Tensor) -> Implementation:
-    """Which of TILES computes calls of query's shape, measured where that is worth it."""
+    """Which of TILES computes calls of query's dtype and width, measured on the first large one."""
     candidates = tuple(Implementation(name, _with_tiles, _with_tiles) for name in TILES)
     batch, heads, length, width = query.shape
     if not query.is_cuda or batch * heads * length**2 * width < dispatch.LARGE["cuda"]:
         return candidates[0]
-    described = (
-        f"alibi_attention on {dispatch.device_name(query.device)}, {dispatch.dtype_name(query.dtype)}, "
-        f"B={batch} heads={heads} T={length} D={width}"
-    )
+    device, dtype = dispatch.device_name(query.device), dispatch.dtype_name(query.dtype)
+    described = f"alibi_attention on {device}, {dtype}, D={width}"
     return dispatch.choose(described, candidates, functools.partial(_Trial, query))
 
 

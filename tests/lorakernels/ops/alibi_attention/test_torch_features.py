@@ -353,7 +353,7 @@ def test_the_layers_of_one_batch_are_no_second_batch(flex_graphs):
     assert len(flex._constant) == 2
 
 
-def test_tiles_are_chosen_for_constant_shapes_and_handed_on(flex_graphs, monkeypatch):
+def test_tiles_are_chosen_by_dtype_and_width_and_handed_on(flex_graphs, monkeypatch):
     chosen, seen = [], []
 
     def choose(problem, candidates, make_trial):
@@ -373,11 +373,14 @@ def test_tiles_are_chosen_for_constant_shapes_and_handed_on(flex_graphs, monkeyp
     monkeypatch.setattr(flex, "_compiled", lambda constant: flex.masked_attention)
     monkeypatch.setitem(flex.dispatch.LARGE, "cuda", 0)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for length in (150, 160):
+        flex_call(length)
+        assert seen[-1] == flex.TILES["64x64"]
+    assert chosen == 2 * chosen[:1]
+    assert chosen[0].endswith(", float32, D=16")
+    monkeypatch.setitem(flex.dispatch.LARGE, "cuda", 2**40)
     flex_call(150)
-    flex_call(160)
-    assert len(chosen) == 1
-    assert "T=150 D=16" in chosen[0]
-    assert seen[-2:] == [flex.TILES["64x64"], None]
+    assert seen[-1] is None
 
 
 def test_other_tiles_that_disagree_are_dropped(flex_graphs, monkeypatch):
