@@ -100,15 +100,14 @@ class FusedBloomBlock(BloomBlock):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As `BloomBlock.forward`; fused when ``alibi`` is a `FusedInputs`."""
-        norm, fused = self.input_layernorm, isinstance(alibi, FusedInputs)
+        norm, normed = self.input_layernorm, None
         # A compiler decides for itself what to save.
-        recomputed = fused and is_plain(norm, nn.LayerNorm) and not is_compiling()
-        if recomputed:
+        if isinstance(alibi, FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
             alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
-        if recomputed and self._shrinks_in_norm(hidden_states):
-            normed, shrunk = self._norm_and_shrink(hidden_states)
-            alibi = alibi._replace(shrunk=shrunk)
-        else:
+            if self._shrinks_in_norm(hidden_states):
+                normed, shrunk = self._norm_and_shrink(hidden_states)
+                alibi = alibi._replace(shrunk=shrunk)
+        if normed is None:
             normed = norm(hidden_states)
         output, weights = self.self_attention(
             normed,

@@ -3,7 +3,7 @@
 import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -285,13 +285,16 @@ def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str) -> None:
     block's input, queries, keys and values, and what attention returns. False saves everything.
     """
     # random states are saved for nothing where nothing is drawn, and cannot be while a CUDA graph is captured
-    options = {"use_reentrant": False, "preserve_rng_state": _draws(model)}
+    draws = _draws(model)
     if mode is True:
-        model.activation_checkpointing_enable(options)
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": draws})
     else:
         model.activation_checkpointing_disable()
+    run = None
+    if mode == "selective":
+        run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=draws)
     for block in model.transformer.h:
-        block.checkpoint = functools.partial(checkpoint, **options) if mode == "selective" else None
+        cast(FusedBloomBlock, block).checkpoint = run
 
 
 def _draws(model: BloomForCausalLM) -> bool:

@@ -5,7 +5,7 @@ kernels.
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def masked_attention(
         score_mod=add_bias,
         block_mask=block_mask(mask),
         scale=width**-0.5,
-        kernel_options=tiles or None,
+        kernel_options=cast(Any, tiles or None),  # the dict's own type is not public
     )
     if width < LEAST_WIDTH:
         out = out.transpose(1, 2)[..., :width].contiguous().transpose(1, 2)

@@ -168,8 +168,8 @@ def test_index_tensors_that_kernels_would_misread_are_refused():
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="inductor's insides differ by version")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
-def test_inductors_kernels_read_each_rows_own_blocks_in_the_tiles_asked_for():
-    """4 rows of 16 blocks: a row further is 16 counts and 256 numbers further, not 0."""
+def test_inductors_kernels_read_each_rows_own_blocks():
+    """4 rows of 16 blocks: a row further is 16 counts and 256 numbers further, not 0; and the tiles."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.lorakernels.ops.alibi_attention.inductor_cuda_code"],
         env={**os.environ, "TRITON_INTERPRET": "0"},
