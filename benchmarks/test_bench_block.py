@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks import interleave, process_memory
 from benchmarks.baselines import bloom_step
 from benchmarks.step_processes import ATTENTION, GEMMS
-from bloomft.model.fused_classes import compile_blocks
+from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.process import setup_process
 from lorakernels.tolerance import relative_error
 
@@ -37,7 +37,7 @@ def compiled_peft(model) -> nn.Module:
 def compiled_ours(model) -> nn.Module:
     """Our model with its block compiled."""
     model = bloom_step.with_bloomft(model)
-    compile_blocks(model)
+    compile_blocks(model, (1, SHAPE.tokens))
     return model
 
 

@@ -11,6 +11,7 @@ from benchmarks.baselines.bloom_step import with_bloomft, with_peft, with_peft_n
 from benchmarks.baselines.lora_linear import addmm_in_place, peft_linear, peft_without_upcast
 from bloomft.config.keys import OptimConfig, OptimizerConfig, SchedulerConfig
 from bloomft.model.fused_block import FusedInputs
+from bloomft.model.fused_classes import checkpoint_blocks
 from bloomft.run.state import RunState
 from lorakernels import alibi_slopes, attention_mask
 from lorakernels.ops.lora_linear.check import Case as LayerCase
@@ -38,6 +39,9 @@ def cases() -> Iterator[Case]:
         yield Case(name, "peft:bf16", _rival_layer(peft_without_upcast, rank))
     for side, build in SIDES.items():
         yield Case(f"block 1b7 {BATCH}x{LENGTH} bfloat16", side, _block(build))
+    for name, mode in (("full", True), ("selective", "selective")):
+        case = f"block 1b7 {BATCH}x{LENGTH} bfloat16, {name} checkpointing"
+        yield Case(case, "lorakernels:triton", _block(with_bloomft, mode))
     for side, build in SIDES.items():
         yield Case(f"step 1b7 {LAYERS} layers {BATCH}x{LENGTH}", side, _step(build))
 
@@ -61,9 +65,11 @@ def _model(build: Build, layers: int) -> nn.Module:
     return build(model.requires_grad_(False)).train()
 
 
-def _block(build: Build) -> Callable[[Trace], None]:
+def _block(build: Build, checkpointing: bool | str = False) -> Callable[[Trace], None]:
     def run(trace: Trace) -> None:
         model = _model(build, 1)
+        if checkpointing:
+            checkpoint_blocks(model, checkpointing)
         trunk = next(one for one in model.modules() if hasattr(one, "word_embeddings_layernorm"))
         hidden = empty(BATCH, LENGTH, K, trained=True)
         if build is with_bloomft:

@@ -12,7 +12,8 @@ from benchmarks.gpu_check.attention_items import packed_documents
 from benchmarks.gpu_check.dense_items import LOSS_SCALE
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
-from bloomft.model import fused_classes as fused_model
+from bloomft.model.compiled_blocks import compile_blocks
+from bloomft.model.fused_classes import checkpoint_blocks
 from bloomft.model.patch import adapted_layers, patch_bloom
 from lorakernels.ops.lora_linear.reference import plain_lora_linear
 
@@ -59,13 +60,13 @@ def check_model(findings: Findings, setting: Setting, dtype: str, compiled: bool
     padded[0, length - length // 4 :] = -1
     if compiled:
         # what is saved for the backward pass is a compiler's choice: a rehearsal makes it, too
-        fused_model.compile_blocks(model, **setting.pick({}, {"backend": "aot_eager"}))
+        compile_blocks(model, (batch, length), **setting.pick({}, {"backend": "aot_eager"}))
     for kind, documents in {"packed": packed, "padded": padded}.items():
         exact = exact_step(base, adapters, ids, documents)
         rounded = exact_step(base, adapters, ids, documents, base.dtype)
         bounds = rounding_bounds(exact, rounded, base, int((documents >= 0).sum()))
         for mode in (False, True, "selective"):
-            fused_model.checkpoint_blocks(model, mode)
+            checkpoint_blocks(model, mode)
             model.train().zero_grad()
             loss = model(**batch_of(ids, documents)).loss
             (loss * LOSS_SCALE).backward()
@@ -73,7 +74,7 @@ def check_model(findings: Findings, setting: Setting, dtype: str, compiled: bool
             compare_all(findings, f"{kind}, checkpointing {mode}", got, exact[:-1], bounds[:-1])
         if compiled:
             break
-        fused_model.checkpoint_blocks(model, False)
+        checkpoint_blocks(model, False)
         with torch.no_grad():
             logits = model.eval()(ids, document_ids=documents, use_cache=False).logits
         real = documents >= 0

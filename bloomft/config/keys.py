@@ -143,7 +143,7 @@ class TrainConfig:
     gradient_clip_val: float = _key(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0)
     gradient_checkpointing: bool | str = _key(
         False,
-        "recompute the blocks in the backward pass; `selective` keeps projections and attention",
+        "recompute the blocks in the backward pass; `selective` recomputes what follows attention",
         choices=(True, False, "selective"),
     )
     log_every_n_steps: int = _key(10, "optimizer steps", at_least=1)

@@ -82,7 +82,12 @@ class FusedBloomBlock(BloomBlock):
     """BLOOM's block; the layer norm before query_key_value is recomputed in backward, not saved.
 
     On a GPU that layer norm and the first product of an adapted query_key_value are one operator.
+
+    Attributes:
+        checkpoint: what runs all that follows attention, so that backward computes it again; None to save it.
     """
+
+    checkpoint: Callable[..., Tensor] | None = None
 
     def forward(
         self,
@@ -95,18 +100,34 @@ class FusedBloomBlock(BloomBlock):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As `BloomBlock.forward`; fused when ``alibi`` is a `FusedInputs`."""
-        norm = self.input_layernorm
+        norm, normed = self.input_layernorm, None
         # A compiler decides for itself what to save.
         if isinstance(alibi, FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
             alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
             if self._shrinks_in_norm(hidden_states):
-                return self._forward_from_shrink(
-                    hidden_states, alibi, attention_mask, layer_past, use_cache, output_attentions
-                )
-        unread = cast(Tensor, alibi)  # BloomBlock only passes it on to attention
-        return super().forward(
-            hidden_states, unread, attention_mask, layer_past, use_cache, output_attentions, **kwargs
+                normed, shrunk = self._norm_and_shrink(hidden_states)
+                alibi = alibi._replace(shrunk=shrunk)
+        if normed is None:
+            normed = norm(hidden_states)
+        output, weights = self.self_attention(
+            normed,
+            normed if self.apply_residual_connection_post_layernorm else hidden_states,
+            alibi=alibi,
+            attention_mask=attention_mask,
+            layer_past=layer_past,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
         )
+        # else it would take memory for as long as the block runs
+        del normed
+        if self.checkpoint is None or not self.training:
+            return self._feed_forward(output), weights
+        return self.checkpoint(self._feed_forward, output), weights
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        """All that follows attention."""
+        normed = self.post_attention_layernorm(hidden)
+        return self.mlp(normed, normed if self.apply_residual_connection_post_layernorm else hidden)
 
     def _shrinks_in_norm(self, hidden_states: Tensor) -> bool:
         """Whether `layer_norm_shrink` may stand for the input's layer norm, which is plain.
@@ -130,10 +151,8 @@ class FusedBloomBlock(BloomBlock):
             and not torch.is_autocast_enabled(hidden_states.device.type)
         )
 
-    def _forward_from_shrink(
-        self, hidden_states: Tensor, alibi: FusedInputs, *attention_arguments: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `BloomBlock.forward`, the shrink of query_key_value made with the layer norm before it."""
+    def _norm_and_shrink(self, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The layer norm of the input, and the shrink of query_key_value with its seed."""
         norm, layer = self.input_layernorm, cast(LoRALinear, self.self_attention.query_key_value)
         normed, s, seed = layer_norm_shrink(
             hidden_states,
@@ -147,13 +166,7 @@ class FusedBloomBlock(BloomBlock):
             backend=layer.backend,
             seed=layer.dropout_seed,
         )
-        residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
-        output, weights = self.self_attention(
-            normed, residual, alibi._replace(shrunk=(s, seed)), *attention_arguments
-        )
-        normed = self.post_attention_layernorm(output)
-        residual = normed if self.apply_residual_connection_post_layernorm else output
-        return self.mlp(normed, residual), weights
+        return normed, (s, seed)
 
 
 class FusedBloomMLP(BloomMLP):
@@ -224,8 +237,7 @@ def _recomputed(
 def _add_residual(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
     """layer's output + residual, in place where that is safe.
 
-    Not where autocast has made their dtypes differ, nor where others may hold the output: selective
-    checkpointing saves what an adapted layer returned, and hooks may keep theirs.
+    Not where autocast has made their dtypes differ, nor where others, such as hooks, may hold the output.
     """
     in_place = is_plain(layer, FusedLinear) and output.dtype == residual.dtype
     return output.add_(residual) if in_place else output + residual

@@ -2,18 +2,13 @@
 
 import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import (
@@ -115,9 +110,6 @@ class FusedBloomModel(BloomModel):
         for index, block in enumerate(self.h):
             if index % RELEASE_EVERY == RELEASE_EVERY - 1 and _fragments(hidden):
                 release_freed_memory()
-            if block._compiled_call_impl is not None:
-                # Lengths are dynamic from the first call on: one compilation for all of them.
-                torch._dynamo.maybe_mark_dynamic(hidden, 1)
             hidden, attention = block(
                 hidden,
                 alibi=alibi,
@@ -144,12 +136,7 @@ class FusedBloomModel(BloomModel):
         if cache is not None and cache.get_seq_length() > 0:
             return None
         batch, length, _ = hidden.shape
-        mask = attention_mask(document_ids, batch, length, hidden.device)
-        if self.h[0]._compiled_call_impl is not None:
-            for tensor in mask:
-                for dimension in range(1, tensor.ndim):
-                    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-        return mask
+        return attention_mask(document_ids, batch, length, hidden.device)
 
 
 class FusedBloomForCausalLM(BloomForCausalLM):
@@ -300,33 +287,21 @@ FusedBloomForCausalLM.__name__ = BloomForCausalLM.__name__
 def checkpoint_blocks(model: BloomForCausalLM, mode: bool | str, *, preserve_rng_state: bool = True) -> None:
     """Recompute blocks in the backward pass, to save memory; for training with a patched model.
 
-    True saves each block's input alone. "selective" also saves what is expensive to recompute, the results
-    of the adapted projections and of attention. False saves everything. ``preserve_rng_state`` is needed
-    where a block draws random numbers, and cannot be captured in a CUDA graph.
+    True saves each block's input alone. "selective" recomputes what follows attention and keeps the rest: the
+    block's input, queries, keys and values, and what attention returns. False saves everything.
+    ``preserve_rng_state`` is needed where a block draws random numbers, and cannot be captured in a CUDA
+    graph.
     """
-    if not mode:
+    if mode is True:
+        options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+        model.activation_checkpointing_enable(options)
+    else:
         model.activation_checkpointing_disable()
-        return
-    options: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    run = None
     if mode == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
-    model.activation_checkpointing_enable(options)
-
-
-def _keep_expensive(
-    _context: SelectiveCheckpointContext, operator: Callable[..., Any], *_arguments: Any, **_options: Any
-) -> CheckpointPolicy:
-    kept = (torch.ops.lorakernels.lora_linear_forward.default, torch.ops.lorakernels.alibi_attention.default)
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def compile_blocks(model: BloomForCausalLM, **options: Any) -> None:
-    """Compile one block and use it for all layers and lengths; ``options`` are torch.compile's.
-
-    The first block is a second compilation, since its input needs no gradient.
-    """
+        run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     for block in model.transformer.h:
-        block.compile(**options)
+        cast(FusedBloomBlock, block).checkpoint = run
 
 
 def ignore_first_labels(labels: Tensor, document_ids: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:

@@ -11,7 +11,8 @@ from bloomft.config.keys import Config
 from bloomft.data.loading import TrainingData, load_data
 from bloomft.data.rows import PackedDataset
 from bloomft.model.base import Base, load_base, patch_base
-from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
+from bloomft.model.compiled_blocks import compile_blocks
+from bloomft.model.fused_classes import checkpoint_blocks
 from bloomft.model.patch import adapted_layers
 from bloomft.run.checkpoint import LAST, TrainingState, save_checkpoint
 from bloomft.run.precision import Precision, choose_precision
@@ -59,7 +60,8 @@ def set_up(config: Config, device: torch.device) -> Job:
     draws = draws_random_numbers(model)
     checkpoint_blocks(model, config.train.gradient_checkpointing, preserve_rng_state=draws)
     if config.train.compile:
-        compile_blocks(model)
+        shape = (config.train.batch_size, config.data.max_length)
+        compile_blocks(model, shape if config.data.packing else None)
     data = load_data(config.data, base.tokenizer)
     packing = config.data.packing
     was = None if resumption.state is None else resumption.state.cuda_graph

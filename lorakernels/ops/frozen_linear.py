@@ -44,7 +44,9 @@ def frozen_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape {[len(weight)]}, got {list(bias.shape)}")
     if not x.is_cpu or x.dtype == torch.float64 or not dispatch.is_large(x.shape[:-1].numel(), weight):
-        return linear(torch_gelu(x, approximate="tanh") if gelu else x, weight, bias)
+        x_rows = x.reshape(x.shape[:-1].numel(), weight.shape[1])
+        out = linear(torch_gelu(x_rows, approximate="tanh") if gelu else x_rows, weight, bias)
+        return _unflattened(out, x)
     return _forward(x, weight, bias, gelu)
 
 
@@ -59,8 +61,15 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, g
         size = _block_rows(rows)
         for part, block in zip(out.split(size), rows.split(size), strict=True):
             part.copy_(gemm.forward(torch_gelu(block, approximate="tanh"), weight, bias))
-    # not a view, so that callers may add to the result in place
-    return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], len(weight)])
+    return _unflattened(out, x)
+
+
+def _unflattened(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """out [rows, N] in the shape that x [..., K] has before its last dimension, and not as a view.
+
+    Callers may add to it in place: of a view, autograd would copy the whole gradient four times for that.
+    """
+    return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[1]])
 
 
 @torch.library.custom_op("lorakernels::frozen_linear_backward", mutates_args=(), device_types="cpu")

@@ -99,10 +99,9 @@ def _layer_norm_shrink(call: _Call) -> _Cost:
 
 
 def _softmax(call: _Call) -> _Cost:
-    # the gradient takes a second reading
-    logits, again = call.bytes("logits"), int(call["WITH_GRADIENT"])
-    written = again * logits + call.bytes("losses", "statistics")
-    return logits * (1 + again) + call.bytes("labels"), written, 0
+    # without counting rows whose maximum rises so far that they are scaled down
+    read, written = call.bytes("logits", "labels"), call.bytes("losses", "statistics")
+    return read, written + (call.bytes("logits") if call["WITH_GRADIENT"] else 0), 0
 
 
 def _softmax_again(call: _Call) -> _Cost:

@@ -41,7 +41,7 @@ def check_block(findings: Findings, setting: Setting, mode: str) -> None:
     references = None if mode == WARM else exact_results(base, embeddings, incoming)
     builders: dict[str, Callable[[], Side]] = {
         name: functools.partial(make_side, name, base, build, embeddings, incoming, references)
-        for name, build in models.builders(setting).items()
+        for name, build in models.builders(setting, (rows, shape.tokens)).items()
         if name != models.FROZEN
     }
     if mode != WARM:

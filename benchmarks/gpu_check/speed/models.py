@@ -12,7 +12,7 @@ from benchmarks.baselines import bloom_step, lora_linear
 from benchmarks.baselines.rounded_model import round_modules
 from benchmarks.gpu_check.pool import Setting
 from benchmarks.step_processes import ATTENTION, GEMMS
-from bloomft.model.fused_classes import compile_blocks
+from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.model.patch import adapted_layers
 from lorakernels import frozen_linear
 
@@ -47,8 +47,8 @@ def sharing(base: BloomForCausalLM) -> BloomForCausalLM:
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
-def builders(setting: Setting) -> dict[str, Build]:
-    """Every way to train the model, by name; PEFT as installed first."""
+def builders(setting: Setting, size: tuple[int, int]) -> dict[str, Build]:
+    """Every way to train the model on size rows and tokens, by name; PEFT as installed first."""
 
     def compiled_peft(build: Build) -> Build:
         def made(model: BloomForCausalLM) -> nn.Module:
@@ -61,7 +61,7 @@ def builders(setting: Setting) -> dict[str, Build]:
 
     def compiled_ours(model: BloomForCausalLM) -> nn.Module:
         model = bloom_step.with_bloomft(model)
-        compile_blocks(model, **setting.compiler)
+        compile_blocks(model, size, **setting.compiler)
         return model
 
     return {

@@ -84,7 +84,7 @@ def measure(
     )  # fmt: skip
     builders: dict[str, Callable[[], Side]] = {
         name: functools.partial(make_side, name, base, build, ids, references)
-        for name, build in models.builders(setting).items()
+        for name, build in models.builders(setting, (rows, shape.tokens)).items()
     }
     if mode != WARM:
         for name, make in models.products(setting, shape, rows, head=True).items():

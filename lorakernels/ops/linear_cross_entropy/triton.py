@@ -1,65 +1,80 @@
 """`linear_cross_entropy` on a GPU: vendor GEMMs around one Triton kernel for the softmax and its gradient.
 
 The forward pass takes as many rows at a time as a buffer of logits allows: logits GEMM, kernel, gradient
-GEMM. The kernel reads a row of logits twice, for the loss and for the gradient, and writes the gradient
-over the logits. As in `aten`, the label's own logit stays out of the sums, so that a confident model loses
-no digits.
+GEMM. The kernel reads a row of logits once and writes exp(logit - shift) over it, before the row's sum is
+known: the product of these with the head's rows is scaled by row afterwards, in float32. shift is the maximum
+of the columns so far when it was last raised; a maximum further above it than the dtype allows raises it, and
+what has been written is scaled down, which few rows need. As in `aten`, the label's own logit stays out of
+the sums, so that a confident model loses no digits; its row of the head is subtracted apart.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from lorakernels import dispatch
 from lorakernels.launching import launch
 
-BUFFER_BYTES = 256 * 2**20
+# Each buffer of logits reads the whole head twice; a small device gives it this share of its memory.
+BUFFER_BYTES, BUFFER_SHARE = 2**30, 1 / 64
 BLOCK = 4096
+# How far a maximum may lie above the shift: exp() of it is finite in the dtype, and sums of it in float32.
+HEADROOM = {torch.float16: 10.0, torch.bfloat16: 60.0, torch.float32: 60.0}
 
 
 @triton.jit
 def linear_cross_entropy_forward_kernel(
-    logits_ptr,  # [rows, V], overwritten by the gradient
+    logits_ptr,  # [rows, V], overwritten by exp(logits - shift), 0 at the label
     labels_ptr,  # [rows]
     losses_ptr,  # [rows]
     statistics_ptr,  # [rows, 2]
     row_stride,
     V,
+    HEADROOM: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss, softmax statistics and softmax - onehot of one row of logits."""
+    """Loss and softmax statistics of one row of logits, and the softmax of all but the label, unscaled."""
     # rows · V passes 2**31
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     label = tl.load(labels_ptr + row)
     # the lowest float32, not -inf: exp(-inf - -inf) is nan
-    maximum = tl.full((), -3.4e38, tl.float32)
+    shift = tl.full((), -3.4e38, tl.float32)
     total = tl.zeros((), tl.float32)
     label_logit = tl.zeros((), tl.float32)
+    column = tl.arange(0, BLOCK)
+    following = tl.load(logits_ptr + column, mask=column < V, other=-float("inf"))  # [BLOCK]
     for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        logits = tl.load(logits_ptr + column, mask=column < V, other=-float("inf")).to(tl.float32)  # [BLOCK]
+        logits, column = following.to(tl.float32), start + tl.arange(0, BLOCK)
+        # on its way while this block is worked on: after the store it could not be
+        following = tl.load(logits_ptr + column + BLOCK, mask=column + BLOCK < V, other=-float("inf"))
         label_logit += tl.sum(tl.where(column == label, logits, 0.0))
         logits = tl.where(column == label, -float("inf"), logits)
-        highest = tl.maximum(maximum, tl.max(logits))
-        total = total * tl.exp(maximum - highest) + tl.sum(tl.exp(logits - highest))
-        maximum = highest
-    odds = tl.log(tl.maximum(total, 1.2e-38)) + maximum - label_logit
+        highest = tl.max(logits)
+        if highest > shift + HEADROOM:
+            decay = tl.exp(shift - highest)
+            total *= decay
+            if WITH_GRADIENT:
+                # what one thread has stored, another one may load
+                tl.debug_barrier()
+                for before in range(0, start, BLOCK):
+                    written = logits_ptr + before + tl.arange(0, BLOCK)
+                    weights = tl.load(written).to(tl.float32) * decay
+                    tl.store(written, weights.to(logits_ptr.dtype.element_ty))
+            shift = highest
+        weights = tl.exp(logits - shift)
+        total += tl.sum(weights)
+        if WITH_GRADIENT:
+            tl.store(logits_ptr + column, weights.to(logits_ptr.dtype.element_ty), mask=column < V)
+    odds = tl.log(tl.maximum(total, 1.2e-38)) + shift - label_logit
     # log(1 + u) with the digits of u that 1 + u drops
     u = tl.exp(-tl.abs(odds))
     step = (1.0 + u) - 1.0
     log1p = tl.where(step == 0.0, u, tl.log(1.0 + u) * (u / tl.where(step == 0.0, 1.0, step)))
-    others = tl.sigmoid(odds)
-    scale = others / tl.maximum(total, 1.2e-38)
     tl.store(losses_ptr + row, tl.maximum(odds, 0.0) + log1p)
-    tl.store(statistics_ptr + 2 * row, maximum)
-    tl.store(statistics_ptr + 2 * row + 1, scale)
-    if WITH_GRADIENT:
-        for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            logits = tl.load(logits_ptr + column, mask=column < V, other=-float("inf")).to(tl.float32)
-            gradient = tl.where(column == label, -others, tl.exp(logits - maximum) * scale)
-            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < V)
+    tl.store(statistics_ptr + 2 * row, shift)
+    tl.store(statistics_ptr + 2 * row + 1, tl.sigmoid(odds) / tl.maximum(total, 1.2e-38))
 
 
 @triton.jit
@@ -92,7 +107,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As `aten.forward`, for 16- and 32-bit inputs."""
     rows, vocabulary = len(hidden), len(weight)
-    chunk = min(rows, _fitting(vocabulary * hidden.element_size()))
+    chunk = min(rows, _fitting(vocabulary * hidden.element_size(), hidden))
     labels = labels.contiguous()
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     statistics = torch.empty(rows, 2, dtype=torch.float32, device=hidden.device)
@@ -114,12 +129,15 @@ def forward(
                 statistics[part],
                 logits.stride(0),
                 vocabulary,
+                HEADROOM=HEADROOM[hidden.dtype],
                 WITH_GRADIENT=with_gradient,
                 BLOCK=_block(vocabulary),
                 num_warps=8,
             )
             if gradient is not None:
-                gradient[part] = _product(logits, weight)
+                _multiply(logits, weight, out=gradient[part])
+    if gradient is not None:
+        gradient.mul_(statistics[:, 1:]).addcmul_(weight[labels], torch.expm1(-losses)[:, None])
     return losses, statistics, gradient
 
 
@@ -133,7 +151,7 @@ def weight_gradient(
 ) -> torch.Tensor:
     """As `aten.weight_gradient`: the logits of all rows again, a block of the vocabulary at a time."""
     rows, vocabulary = len(hidden), len(weight)
-    columns = min(vocabulary, _fitting(rows * hidden.element_size()))
+    columns = min(vocabulary, _fitting(rows * hidden.element_size(), hidden))
     labels, statistics, row_gradient = (one.contiguous() for one in (labels, statistics, row_gradient))
     label_gradient = torch.expm1(-losses)
     result = torch.empty_like(weight)
@@ -161,9 +179,15 @@ def weight_gradient(
     return result
 
 
-def _fitting(line_bytes: int) -> int:
-    """How many lines of logits fit the buffer: a multiple of 128 where that many fit."""
-    lines = max(1, BUFFER_BYTES // line_bytes)
+def _fitting(line_bytes: int, like: torch.Tensor) -> int:
+    """How many lines of logits fit the buffer on like's device: a multiple of 128 where that many fit.
+
+    Decided by the device's whole memory, not by what is free, so that every run cuts its rows alike.
+    """
+    size = BUFFER_BYTES
+    if like.is_cuda:
+        size = min(size, int(BUFFER_SHARE * dispatch.device_properties(like.device).total_memory))
+    lines = max(1, size // line_bytes)
     return lines - lines % 128 if lines > 128 else lines
 
 
@@ -178,10 +202,11 @@ def _block(columns: int) -> int:
     return min(BLOCK, triton.next_power_of_2(columns))
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right in float32, so that scaling in the backward pass rounds to 16 bits once."""
+def _multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
+    """left @ right into out, float32, so that scaling in the backward pass rounds to 16 bits once."""
     if left.dtype == torch.float32:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+        torch.mm(left, right, out=out)
+    elif left.is_cuda:
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(left.float() @ right.float())

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from bloomft.model import fused_block
-from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
+from bloomft.model.compiled_blocks import compile_blocks
+from bloomft.model.fused_classes import checkpoint_blocks
 from bloomft.model.patch import adapted_layers
 from lorakernels import layer_norm_shrink
 from tests.bloomft.conftest import tiny_model
@@ -66,7 +67,7 @@ def test_results_are_those_of_two_operators(post_layernorm, dropout_p, mode, cal
             error = float((got.double() - right).norm() / right.norm())
             # float32 with sums of up to 256 terms, through two blocks
             assert error < 2e-6, (name, index)
-    assert calls == [(2, 17, model.config.hidden_size)] * (4 if mode else 2)
+    assert calls == [(2, 17, model.config.hidden_size)] * (4 if mode is True else 2)
 
 
 @interpreted

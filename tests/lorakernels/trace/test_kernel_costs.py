@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from lorakernels import layer_norm_shrink, lora_linear
 from lorakernels.ops.linear_cross_entropy import triton as cross_entropy
 from lorakernels.trace import kernel_costs
-from lorakernels.trace.record import Launch, footprint
+from lorakernels.trace.record import Launch
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="counts what Triton's interpreter loads"
@@ -102,9 +102,7 @@ def test_the_loss(observed):
     losses, statistics, _ = cross_entropy.forward(hidden, weight, labels, True)
     cross_entropy.weight_gradient(hidden, weight, labels, losses, statistics, torch.ones(12))
     forward, backward = observed
-    # the model knows that the kernel reads the logits again for their gradient
-    logits = footprint(forward.arguments["logits_ptr"])
-    assert sum(forward.loaded.values()) == forward.launch.read - logits
+    assert sum(forward.loaded.values()) == forward.launch.read
     assert sum(forward.stored.values()) == forward.launch.written
     assert sum(backward.loaded.values()) == backward.launch.read
     assert sum(backward.stored.values()) == backward.launch.written

@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -119,13 +120,24 @@ def head_strides(made: str, dynamic: bool) -> dict[str, str]:
     return dict(re.findall(r"(stride_(?:full_)?kv_(?:idx|num_blks)_h) = (.*)", code))
 
 
+def forward_tile(tiles: dict[str, Any]) -> dict[str, str]:
+    """The tile of the forward kernel in inductor's code, by name."""
+    torch._dynamo.reset()
+    parts = [torch.empty(4, 16, 2048, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    given = attention_mask(None, 4, 2048, parts[0].device)
+    code = generated_code(flex.masked_attention, (*parts, torch.empty(16, device="cuda"), given, tiles))
+    return dict(re.findall(r"(BLOCK_[MN]) : tl.constexpr = (.*)", code))
+
+
 def main() -> None:
-    """Print the strides as JSON."""
+    """Print the strides and the tiles as JSON."""
     pretend_cuda()
     settings = {"force_disable_caches": True, "compile_threads": 1, "joint_graph_constant_folding": False}
     with config.patch(settings), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         cases = [("eager", False), ("eager", True), ("traced", False), ("plain", False)]
-        print(json.dumps([head_strides(*case) for case in cases]))
+        strides = [head_strides(*case) for case in cases]
+        tiles = {name: forward_tile(one) for name, one in flex.TILES.items()}
+        print(json.dumps([strides, tiles]))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """alibi_attention among torch's own operators, its FlexAttention form, and its errors."""
 
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,7 +169,7 @@ def test_index_tensors_that_kernels_would_misread_are_refused():
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="inductor's insides differ by version")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
 def test_inductors_kernels_read_each_rows_own_blocks():
-    """4 rows of 16 blocks: a row further is 16 counts and 256 numbers further, not 0."""
+    """4 rows of 16 blocks: a row further is 16 counts and 256 numbers further, not 0; and the tiles."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.lorakernels.ops.alibi_attention.inductor_cuda_code"],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -175,7 +177,9 @@ def test_inductors_kernels_read_each_rows_own_blocks():
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    eager, dynamic, traced, plain = json.loads(run.stdout.splitlines()[-1])
+    (eager, dynamic, traced, plain), tiles = json.loads(run.stdout.splitlines()[-1])
+    assert tiles.pop("64x64") == {"BLOCK_M": "64", "BLOCK_N": "64"}
+    assert {"BLOCK_M": "64", "BLOCK_N": "64"} not in tiles.values()
     right = {"stride_kv_num_blks_h": "16", "stride_kv_idx_h": "256"}
     right |= {name.replace("stride_", "stride_full_"): value for name, value in right.items()}
     assert eager == traced == right
@@ -277,21 +281,114 @@ def test_flex_is_one_graph_for_every_length():
     assert counter.frame_count <= 2
 
 
-def test_flex_compiles_for_more_shapes_than_a_compiler_does_by_default(monkeypatch):
-    """Widths, one row or several, one block or several, with gradients or without."""
+@pytest.fixture
+def flex_graphs(monkeypatch):
+    """flex.attention on CPU tensors: whether sizes vary in each of its graphs, and which one a call took."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(flex.masked_attention, fullgraph=True, backend=counter)
-    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
-    cases = itertools.product((1, 2), (100, 200), (16, 32), (True, False), (True, False))
-    for batch, length, width, documents, trained in cases:
-        fused, slopes, ids = make_problem(length, batch=batch, width=width)
-        ids = ids if documents else None
-        parts = [part.detach().transpose(1, 2).requires_grad_(trained) for part in fused.unbind(3)]
-        got = flex.attention(*parts, slopes, attention_mask(ids, batch, length, "cpu"))
-        expected = alibi_attention(*parts, slopes, document_ids=ids)
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
-    assert counter.frame_count > 8
+    monkeypatch.setattr(flex, "_first_batch", {})
+    monkeypatch.setattr(flex, "_constant", set())
+    forget = flex._compiled.cache_clear
+    forget()
+    graphs, compile_one = SimpleNamespace(varies=[], calls=[]), torch.compile
+
+    def keep(graph, inputs):
+        index = len(graphs.varies)
+        graphs.varies.append(any(isinstance(one, torch.SymInt) for one in inputs))
+
+        def run(*arguments):
+            graphs.calls.append(index)
+            return graph(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_one, backend=keep))
+    yield graphs
+    forget()
+
+
+def flex_call(length, batch=2, width=16, documents=True, trained=False):
+    fused, slopes, ids = make_problem(length, batch=batch, width=width)
+    ids = ids if documents else None
+    parts = [part.detach().transpose(1, 2).requires_grad_(trained) for part in fused.unbind(3)]
+    got = flex.attention(*parts, slopes, attention_mask(ids, batch, length, "cpu"))
+    expected = alibi_attention(*parts, slopes, document_ids=ids)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_flex_compiles_for_more_shapes_than_a_compiler_does_by_default(flex_graphs):
+    """Widths, one row or several, one block or several, with gradients or without."""
+    for case in itertools.product((100, 200), (1, 2), (16, 32), (True, False), (True, False)):
+        flex_call(*case)
+    assert len(flex_graphs.varies) > 8
+
+
+def test_flex_keeps_the_kernels_of_a_shape_that_comes_again(flex_graphs):
+    flex_call(150)
+    assert flex_graphs.varies == [False]
+    for length in range(200, 230):
+        flex_call(length)
+    # of the others, the first is a constant too
+    assert flex_graphs.varies == [False, False, True]
+    for length in (150, 230, 150):
+        flex_call(length)
+    assert flex_graphs.calls[-3:] == [0, 2, 0]
+    flex_call(220)
+    # the second batch of that length
+    assert flex_graphs.varies == [False, False, True, False]
+    for length in range(200, 210):
+        flex_call(length)
+    assert flex_graphs.varies.count(False) == 1 + flex.MOST_CONSTANT
+    assert flex_graphs.varies.count(True) == 1
+
+
+def test_the_layers_of_one_batch_are_no_second_batch(flex_graphs):
+    flex_call(150)
+    fused, slopes, ids = make_problem(200, width=16)
+    parts = [part.detach().transpose(1, 2) for part in fused.unbind(3)]
+    mask = attention_mask(ids, 2, 200, "cpu")
+    for _ in range(24):
+        flex.attention(*parts, slopes, mask)
+    assert len(flex._constant) == 1
+    flex.attention(*parts, slopes, attention_mask(ids, 2, 200, "cpu"))
+    assert len(flex._constant) == 2
+
+
+def test_tiles_are_chosen_by_dtype_and_width_and_handed_on(flex_graphs, monkeypatch):
+    chosen, seen = [], []
+
+    def choose(problem, candidates, make_trial):
+        trial = make_trial()
+        for one in candidates:
+            trial.run(one)
+            assert trial.failures(one) == []
+        chosen.append(problem)
+        return candidates[1]
+
+    def record(*arguments, kernel_options, **options):
+        seen.append(kernel_options)
+        return flex_attention.flex_attention(*arguments, **options)
+
+    monkeypatch.setattr(flex, "flex_attention", record)
+    monkeypatch.setattr(flex.dispatch, "choose", choose)
+    monkeypatch.setattr(flex, "_compiled", lambda constant: flex.masked_attention)
+    monkeypatch.setitem(flex.dispatch.LARGE, "cuda", 0)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for length in (150, 160):
+        flex_call(length)
+        assert seen[-1] == flex.TILES["64x64"]
+    assert chosen == 2 * chosen[:1]
+    assert chosen[0].endswith(", float32, D=16")
+    monkeypatch.setitem(flex.dispatch.LARGE, "cuda", 2**40)
+    flex_call(150)
+    assert seen[-1] is None
+
+
+def test_other_tiles_that_disagree_are_dropped(flex_graphs, monkeypatch):
+    trial = flex._Trial(torch.empty(1, 2, 150, 16))
+    one = flex.Implementation("64x64", flex._with_tiles, flex._with_tiles)
+    plain = flex.masked_attention
+    monkeypatch.setattr(flex, "_compiled", lambda constant: lambda *a: plain(*a[:5]) * (1.1 if a[5] else 1.0))
+    assert trial.failures(one) == ["relative error 0.1 above 0.00391"]
 
 
 ERRORS = {

@@ -161,6 +161,25 @@ def test_triton_on_any_problem(
     assert failures(results, *problem, "sum", dtype.itemsize == 2) == []
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_rows_whose_maximum_keeps_rising_are_right(dtype, by_triton, monkeypatch, device):
+    """Logits from -50 to 50 in rising and falling order, a block of 16 at a time."""
+    monkeypatch.setattr(by_triton, "BLOCK", 16)
+    for sign in (1, -1):
+        hidden, weight, labels = make_problem(20, 8, 300, dtype, ignored=0.0, device=device)
+        hidden[:, 0], weight[:, 0] = sign, torch.linspace(-50, 50, 300)
+        results = results_by(by_triton, hidden, weight, labels, "sum")
+        assert failures(results, hidden, weight, labels, "sum", dtype.itemsize == 2) == []
+
+
+@pytest.mark.parametrize(("memory", "lines"), [(8, 128 * 2**20), (80, 2**30), (192, 2**30)])
+def test_the_buffer_is_a_share_of_a_small_device(memory, lines, by_triton, monkeypatch):
+    properties = SimpleNamespace(total_memory=memory * 2**30)
+    monkeypatch.setattr(by_triton.dispatch, "device_properties", lambda _: properties)
+    on_gpu = SimpleNamespace(is_cuda=True, device=None)
+    assert by_triton._fitting(1, on_gpu) == lines
+
+
 def refuse(*arguments):
     raise AssertionError("a choice between libraries of a CPU")
 
@@ -316,9 +335,10 @@ def test_logits_in_16_bits_are_caught(choose_gemm):
 
 
 KERNEL_MUTATIONS = {
-    "masked lanes counted": ('mask=column < V, other=-float("inf")', "mask=column < V, other=0.0"),
-    "running sum not rescaled": ("total = total * tl.exp(maximum - highest) +", "total = total +"),
-    "label not subtracted": ("tl.where(column == label, -others, ", "tl.where(column < 0, -others, "),
+    "masked lanes counted": ('mask=column + BLOCK < V, other=-float("inf")', "mask=column < 0, other=0.0"),
+    "running sum not scaled down": ("total *= decay", "total *= 1.0"),
+    "what is written not scaled down": (".to(tl.float32) * decay", ".to(tl.float32)"),
+    "label not subtracted": (".addcmul_(weight[labels], torch.expm1(-losses)[:, None])", ""),
     "row gradient dropped": ("gradient *= tl.load(row_gradient_ptr + row)", "gradient *= 1.0"),
     "block offset dropped": ("tl.load(labels_ptr + row) - first_column", "tl.load(labels_ptr + row)"),
 }
@@ -337,6 +357,7 @@ def test_a_broken_kernel_is_caught(mutation, by_triton, tmp_path, monkeypatch, d
     problem = make_problem(12, 16, 300, torch.float32, sharpness=6.0, device=device)
     for module in (broken, by_triton):
         monkeypatch.setattr(module, "BLOCK", 64)
+        monkeypatch.setattr(module, "HEADROOM", {torch.float32: 0.5})
         monkeypatch.setattr(module, "BUFFER_BYTES", 12 * 4 * 128)
     assert failures(results_by(by_triton, *problem, "sum"), *problem, "sum") == []
     assert failures(results_by(broken, *problem, "sum"), *problem, "sum") != []

@@ -1,0 +1,52 @@
+"""Blocks compiled for the one shape that packed rows have, and beside it for all other shapes."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BloomForCausalLM
+
+from bloomft.model.fused_block import FusedInputs
+
+
+def compile_blocks(model: BloomForCausalLM, shape: tuple[int, int] | None = None, **options: Any) -> None:
+    """Compile one block for all layers: once with ``shape`` as a constant, once for all other shapes.
+
+    shape is (rows, tokens) of the hidden states that come again and again, None where none does; a kernel
+    that knows it may be several times faster. ``options`` are torch.compile's. Each of the two is compiled
+    anew for the first block, whose input needs no gradient, and for calls without gradients; the one for
+    other shapes also for a single row and a single token, which torch always takes as constants. Calls with
+    a key-value cache run as they are, since every layer's cache would be a compilation.
+    """
+    # functions of their own: with one cache, either could answer a call that the other was compiled for
+    constant = torch.compile(_of_constant_shape, dynamic=False, **options)
+    varying = torch.compile(_of_varying_shape, **options)
+
+    def call(block: nn.Module, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+        if named.get("layer_past") is not None:
+            return block._call_impl(hidden, *arguments, **named)
+        if hidden.shape[:2] == shape:
+            return constant(block, hidden, *arguments, **named)
+        _mark_as_varying(hidden, named.get("alibi"))
+        return varying(block, hidden, *arguments, **named)
+
+    for block in model.transformer.h:
+        # what nn.Module.compile sets, with one compiled function in place of two
+        block._compiled_call_impl = functools.partial(call, block)
+
+
+def _of_constant_shape(block: nn.Module, *arguments: Any, **named: Any) -> Any:
+    return block._call_impl(*arguments, **named)
+
+
+def _of_varying_shape(block: nn.Module, *arguments: Any, **named: Any) -> Any:
+    return block._call_impl(*arguments, **named)
+
+
+def _mark_as_varying(hidden: Tensor, alibi: object) -> None:
+    """Rows and tokens vary from the first call on, so that one compilation serves them all."""
+    mask = alibi.mask if isinstance(alibi, FusedInputs) else None
+    torch._dynamo.maybe_mark_dynamic(hidden, [0, 1])
+    for tensor in mask or ():
+        torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.ndim)))
