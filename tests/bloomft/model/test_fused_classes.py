@@ -130,15 +130,33 @@ def test_freed_memory_goes_back_only_where_a_backward_pass_will_follow(monkeypat
     assert calls == [1]
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("target", ["dense", "dense_h_to_4h", "dense_4h_to_h"])
-def test_selective_checkpointing_of_any_adapted_layer(target):
-    model, ids = with_trained_adapters(tiny_model(), target=target).train(), tokens(2, 32)
+def test_selective_checkpointing_of_any_adapted_layer(target, dropout_p):
+    model = with_trained_adapters(tiny_model(), target=target, dropout_p=dropout_p).train()
+    ids = tokens(2, 32)
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = {}
     for mode in (False, "selective"):
         checkpoint_blocks(model, mode)
+        torch.manual_seed(0)
         gradients[mode] = torch.autograd.grad(model(ids, labels=ids).loss, adapters)
     assert all(torch.equal(a, b) for a, b in zip(gradients["selective"], gradients[False], strict=True))
+
+
+@pytest.mark.parametrize("mode", [True, "selective"])
+@pytest.mark.parametrize(
+    ("adapted", "config", "saved"),
+    [({}, {}, False), ({"dropout_p": 0.1}, {}, True), ({}, {"hidden_dropout": 0.1}, True),
+     ({}, {"attention_dropout": 0.1}, True)],
+)  # fmt: skip
+def test_random_states_are_saved_only_where_something_is_drawn(mode, adapted, config, saved, monkeypatch):
+    model = with_trained_adapters(tiny_model(**config), **adapted).train()
+    checkpoint_blocks(model, mode)
+    asked, state = [], torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: asked.append(1) or state())
+    model(tokens(2, 32), labels=tokens(2, 32)).loss.backward()
+    assert bool(asked) == saved
 
 
 @pytest.mark.parametrize("extra", [{}, {"output_attentions": True}], ids=["fused", "eager"])
