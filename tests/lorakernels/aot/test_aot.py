@@ -99,7 +99,7 @@ def test_a_spill_is_found():
         "import os, sys; os.environ['TRITON_INTERPRET'] = '0'\n"
         "from lorakernels.aot.__main__ import main\n"
         "from lorakernels.ops.lora_linear.triton import tiles\n"
-        "tiles.TMA_TILES = (tiles.Tile(256, 256, 32, 4, 2),)\n"
+        "tiles.TMA_TILES = tiles.MASKED_TMA_TILES = (tiles.Tile(256, 256, 32, 4, 2),)\n"
         "sys.exit(main(['--arch', 'sm_90', '--only', 'forward', '--jobs', '1']))\n"
     )
     done = subprocess.run(
