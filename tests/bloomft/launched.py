@@ -38,14 +38,15 @@ class Launched:
         folder: Path,
         overrides: tuple[str, ...] = (),
         before: Callable[[], object] | None = None,
+        **environment: str,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self._errors = [folder / f"errors of {rank}" for rank in range(size)]
         common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.processes = []
         for rank, errors in enumerate(self._errors):
-            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo", **common}
-            arguments = (variables, [str(config), *overrides], errors, before)
+            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+            arguments = (variables | common | environment, [str(config), *overrides], errors, before)
             process = _PROCESSES.Process(target=_train, args=arguments, daemon=True)
             process.start()
             self.processes.append(process)
