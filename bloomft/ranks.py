@@ -4,7 +4,10 @@ Every process holds the whole model, takes its share of each step's rows and doe
 gradients. Process 0 alone reads and writes the run's folder; what it finds out is sent to the others.
 """
 
+import atexit
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +23,7 @@ from bloomft.progress import muted
 
 # How long the others wait for what process 0 does alone, such as tokenizing. If it dies they notice at once.
 ALONE_AT_MOST = timedelta(hours=12)
+POLL = 0.02  # seconds
 _SET_BY_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 T = TypeVar("T")
@@ -145,8 +149,13 @@ def join_ranks(device: torch.device, timeout_minutes: float) -> Iterator[Ranks]:
     timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        kept, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store = _store_of_this_start(kept, rank, size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        # after a failure only at the end of the process, so that the others notice once its error is shown
+        atexit.register(_leave)
         ranks = _LaunchedRanks(timeout)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
@@ -154,5 +163,34 @@ def join_ranks(device: torch.device, timeout_minutes: float) -> Iterator[Ranks]:
     with muted(not ranks.is_first):
         yield ranks
     ranks.total(0)
-    # after a failure it ends with the process, so that the others notice once the error has been shown
-    dist.destroy_process_group()
+    _leave()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _store_of_this_start(kept: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The part of a launcher's store that no earlier start of the job has written to.
+
+    torchrun keeps one store when it starts the processes again: what stands in it may be the address of a
+    killed one, and TORCHELASTIC_RESTART_COUNT differs between machines. So every process announces a new
+    token, and process 0 publishes those that it sees until each of the others has found its own among them;
+    only the process 0 of this start can have seen that one. RuntimeError after ``timeout``.
+    """
+    token = secrets.token_hex(8)
+    kept.set(f"token {rank}", token)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        if rank == 0:
+            seen = [kept.get(f"token {other}").decode() for other in range(size)]
+            kept.set("tokens", " ".join(seen))
+        tokens = kept.get("tokens").decode().split()
+        if tokens[rank : rank + 1] == [token]:
+            kept.set(f"joined {rank}", tokens[0])
+            joined = [f"joined {other}" for other in range(size)]
+            if rank != 0 or (kept.check(joined) and all(kept.get(name).decode() == token for name in joined)):
+                return dist.PrefixStore(tokens[0], kept)
+        time.sleep(POLL)
+    raise RuntimeError("timed out")
