@@ -5,16 +5,19 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from bloomft import progress
 from bloomft import train as train_module
 from bloomft.data import token_cache
 from bloomft.errors import UserError
-from bloomft.ranks import join_ranks
+from bloomft.ranks import _store_of_this_start, join_ranks
 from bloomft.run import setup
 from bloomft.run.checkpoint import load_checkpoint
 from bloomft.run.gradients import ALIGNMENT, ROW
@@ -63,6 +66,10 @@ def after_step(step: int, act) -> None:
     RunState.optimizer_step = optimizer_step
 
 
+def show_every_wait() -> None:
+    progress.FIRST_LINE, progress.POLL = 0.0, 0.01
+
+
 @pytest.mark.parametrize(("size", "batch_size", "accumulate", "dropout"), [(2, 2, 2, 0.1), (4, 1, 2, 0.0)])
 def test_the_same_rows_on_several_processes(run, launch, tmp_path, size, batch_size, accumulate, dropout):
     alone = run(
@@ -79,6 +86,7 @@ def test_the_same_rows_on_several_processes(run, launch, tmp_path, size, batch_s
         f"train.output_dir={together}",
         f"train.batch_size={batch_size}",
         f"train.accumulate_grad_batches={accumulate}",
+        before=show_every_wait,
     )
     assert job.finish() == [0] * size, job.errors()
     for left, right in zip(metrics(alone.run_dir), metrics(together), strict=True):
@@ -194,6 +202,27 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_in_the_same_bits(
     assert [line["step"] for line in metrics(tmp_path / "run")] == [4, 6, 8, 12]
 
 
+@pytest.mark.parametrize("left", [2, 3])
+def test_a_restart_reads_nothing_that_an_earlier_start_has_left(left):
+    kept = dist.HashStore()
+    stale = {f"token {rank}": f"old{rank}" for rank in range(left)} | {"tokens": "old0 old1 old2"}
+    stale |= {f"joined {rank}": "old0" for rank in range(left)}
+    for name, value in stale.items():
+        kept.set(name, value)
+    dist.PrefixStore("old0", kept).set("address", "of a dead process")
+    limit = timedelta(seconds=20)
+
+    def join(rank: int) -> dist.Store:
+        time.sleep(0.1 * rank)
+        return _store_of_this_start(kept, rank, 3, limit)
+
+    with ThreadPoolExecutor(3) as threads:
+        first, *others = threads.map(join, range(3))
+    assert not first.check(["address"])
+    first.set("address", "of a living one")
+    assert [other.get("address") for other in others] == [b"of a living one"] * 2
+
+
 def make_a_mistake_in_process_1() -> None:
     def fail():
         raise UserError("a mistake that only process 1 makes")
@@ -261,6 +290,14 @@ def test_processes_with_other_adapters_do_not_train(launch, tmp_path):
     assert job.finish() == [2, 1]
     assert "process 1: adapters: not the same as on process 0" in job.errors()[0].splitlines()[-1]
     assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_a_base_with_dropout_is_refused(launch, base_copy):
+    described = json.loads((base_copy / "config.json").read_text()) | {"hidden_dropout": 0.1}
+    (base_copy / "config.json").write_text(json.dumps(described))
+    job = launch(2, f"model.transformer.pretrained_model_name_or_path={base_copy}")
+    assert 2 in job.finish()
+    assert any("error: the base has dropout" in text for text in job.errors())
 
 
 def test_half_an_environment_is_a_line(monkeypatch):
