@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -168,7 +169,7 @@ def signal_process_1_twice() -> None:
     after_step(4, stop)
 
 
-def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(run, launch, tmp_path):
+def test_a_signal_to_one_process_stops_all_and_one_or_four_go_on(run, launch, tmp_path):
     changes = {"train__batch_size": 2, "train__accumulate_grad_batches": 2}
     whole = run(train__output_dir=str(tmp_path / "whole"), **changes)
     together = f"train.output_dir={tmp_path / 'together'}"
@@ -176,11 +177,14 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(run, launch, 
     assert job.finish() == [75, 75], job.errors()
     assert "last.ckpt holds step 4 of 12; the same command resumes from there" in job.errors()[0]
     assert load_checkpoint(tmp_path / "together" / "last.ckpt").position == 16
-    result = run(train__output_dir=str(tmp_path / "together"))
-    assert result.step == 12
-    close(adapters(result.run_dir), adapters(whole.run_dir))
-    for left, right in zip(metrics(result.run_dir), metrics(whole.run_dir), strict=True):
-        assert left["loss"] == pytest.approx(right["loss"], abs=TOLERANCE)
+    shutil.copytree(tmp_path / "together", tmp_path / "four")
+    run(train__output_dir=str(tmp_path / "together"))
+    four = f"train.output_dir={tmp_path / 'four'}"
+    assert launch(4, four, "train.batch_size=1", "train.accumulate_grad_batches=1").finish() == [0] * 4
+    for folder in (tmp_path / "together", tmp_path / "four"):
+        close(adapters(folder), adapters(whole.run_dir))
+        for left, right in zip(metrics(folder), metrics(whole.run_dir), strict=True):
+            assert left["loss"] == pytest.approx(right["loss"], abs=TOLERANCE)
 
 
 def test_a_killed_worker_is_replaced_and_the_run_ends_in_the_same_bits(
