@@ -213,7 +213,8 @@ def test_a_restart_reads_nothing_that_an_earlier_start_has_left(left):
     stale |= {f"joined {rank}": "old0" for rank in range(left)}
     for name, value in stale.items():
         kept.set(name, value)
-    dist.PrefixStore("old0", kept).set("address", "of a dead process")
+    for store in (kept, dist.PrefixStore("old0", kept)):
+        store.set("address", "of a dead process")
     limit = timedelta(seconds=20)
 
     def join(rank: int) -> dist.Store:
