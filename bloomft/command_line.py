@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from bloomft.config.keys import Config
 from bloomft.config.loading import load_config
-from bloomft.errors import EXIT_STOPPED, EXIT_USAGE, Stopped, UserError
+from bloomft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, LostProcessError, Stopped, UserError
 
 # Each is a module of this package with a function main(arguments).
 COMMANDS = {
@@ -35,14 +35,17 @@ def call_command(name: str, arguments: Sequence[str]) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Call ``main(sys.argv[1:])`` as the body of a program.
 
-    Exits with 2 and one line on stderr after a `UserError`, with 75 after a `Stopped`, with 130 after Ctrl-C
-    in a command that does not catch it.
+    Exits with 2 and one line on stderr after a `UserError`, with 1 and one line after a `LostProcessError`,
+    with 75 after a `Stopped`, with 130 after Ctrl-C in a command that does not catch it.
     """
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+    except LostProcessError as error:
+        print(_one_line(error), file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except Stopped as stopped:
         print(_one_line(stopped), file=sys.stderr)
         sys.exit(EXIT_STOPPED)

@@ -85,14 +85,28 @@ def release_mapped_pages(address: int, size: int) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
 
+def launched_processes() -> int:
+    """How many processes a launcher such as torchrun has started for this job; 1 without one."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() else 1
+
+
 def pick_device(name: str) -> "torch.device":
-    """The device of ``train.device``: "auto", "cpu" or "cuda". `UserError` for "cuda" where there is none."""
+    """The device of ``train.device``: "auto", "cpu" or "cuda"; of several processes each has its own GPU.
+
+    Raises `UserError` for "cuda" where there is none, and for more processes on this machine than GPUs.
+    """
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device: cuda, but torch finds no CUDA device here; choose auto or cpu")
+    if name == "cuda" and launched_processes() > 1:
+        index, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= devices:
+            raise UserError(f"process {index} of this machine has no GPU: there are {devices}; start as many")
+        return torch.device(name, index)
     return torch.device(name)
 
 

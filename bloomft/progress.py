@@ -83,17 +83,28 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+@contextmanager
+def muted(muted: bool = True) -> Iterator[None]:
+    """Show nothing of this process while the block lasts, where ``muted``."""
+    global _muted
+    before, _muted = _muted, _muted or muted
+    try:
+        yield
+    finally:
+        _muted = before
+
+
 def say(text: str) -> None:
     """One line on standard error, above the bars where there are any."""
     if _display is None:
-        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        _console().print(text, markup=False, soft_wrap=True)
     else:
         _display.say(text)
 
 
 def on_terminal() -> bool:
     """Whether there are bars, so that lines which repeat what they show can be left out."""
-    return Console(stderr=True).is_terminal
+    return _console().is_terminal
 
 
 @contextmanager
@@ -134,7 +145,7 @@ class _Display:
     """The waits of the process, the innermost last."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = _console()
         self._tasks: list[Task] = []
         self._due = 0.0
         self._closed = threading.Event()
@@ -177,4 +188,9 @@ class _Display:
                 self._due = time.monotonic() + tasks[-1].next_gap()
 
 
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, quiet=_muted)
+
+
 _display: _Display | None = None
+_muted = False

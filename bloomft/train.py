@@ -12,6 +12,7 @@ if __name__ == "__main__":
     watch_signals()
     share_cores()
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +24,17 @@ from bloomft.config.keys import Config, TrainConfig
 from bloomft.data.rows import PackedDataset
 from bloomft.errors import EXIT_STOPPED, UserError
 from bloomft.model.base import quiet_transformers
-from bloomft.process import pick_device, setup_process
+from bloomft.process import launched_processes, pick_device, setup_process
 from bloomft.progress import waiting
+from bloomft.ranks import join_ranks
 from bloomft.run.checkpoint import LAST
 from bloomft.run.early_checks import check_early
 from bloomft.run.evaluation import evaluate
 from bloomft.run.folder import exclusive_folder
-from bloomft.run.log import RunLog
+from bloomft.run.log import NoLog, RunLog
 from bloomft.run.setup import Job, set_up
 from bloomft.run.signals import StopRequest, stop_signals
+from bloomft.run.state import RunState
 
 
 @dataclass
@@ -60,16 +63,23 @@ def train(config: Config) -> TrainResult:
     the user can correct.
     """
     device = pick_device(config.train.device)
-    check_early(config)
     run_dir = config.train.run_dir
-    with stop_signals() as stop, exclusive_folder(run_dir, fresh=config.train.resume == "never") as notes:
+    with (
+        join_ranks(device, config.train.timeout_minutes) as ranks,
+        stop_signals() as stop,
+        contextlib.ExitStack() as stack,
+    ):
+        ranks.from_first(lambda: check_early(config))
+        notes: list[str] = []
+        if ranks.is_first:
+            notes += stack.enter_context(exclusive_folder(run_dir, fresh=config.train.resume == "never"))
         kept = _kept(run_dir / LAST)
         with stop.at_once(f"stopped before training began; {kept}; the same command starts again"):
-            job = set_up(config, device)
-        with RunLog(config, job.run.step) as log:
-            for line in [*notes, *job.notes]:
-                log.message(line)
-            eval_loss = _loop(job, config, log, stop)
+            job = set_up(config, device, ranks)
+        log = stack.enter_context(RunLog(config, job.run.step) if ranks.is_first else NoLog())
+        for line in [*notes, *job.notes]:
+            log.message(line)
+        eval_loss = _loop(job, config, log, stop)
     return TrainResult(
         job.run.step,
         job.run.base_eval_loss,
@@ -82,50 +92,54 @@ def train(config: Config) -> TrainResult:
 def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | None:
     """The remaining steps. Returns the held-out loss after the last one, None where there is none."""
     run, rows, heldout, settings = job.run, job.data.train, job.data.heldout, config.train
+    ranks = run.ranks
     total = config.optim.scheduler.num_training_steps
     batch_size, accumulate = settings.batch_size, settings.accumulate_grad_batches
     with waiting("measuring kernels"):
         # before the first evaluation: later its buffers would not fit the holes between the model's tensors
-        cost, limit = StepCost.of(run.model), GemmLimit(run.model.device, run.model.dtype)
-    if run.step == 0 and run.base_eval_loss is None and heldout is not None and not stop:
+        cost = StepCost.of(run.model)
+        limit = GemmLimit(run.model.device, run.model.dtype) if ranks.is_first else None
+    if run.step == 0 and run.base_eval_loss is None and heldout is not None and not ranks.any(bool(stop)):
         run.base_eval_loss = _evaluate(job, heldout, settings)
         log.message(f"held-out loss of the base: {run.base_eval_loss:.4f}")
         log.track(0, eval_loss=run.base_eval_loss)
     with waiting("measuring kernels"):
         run.prepare(batch_size * config.data.max_length)
-    for line in (limit.describe(), CONVENTION):
-        log.message(line)
+    if limit is not None:
+        for line in (limit.describe(), CONVENTION):
+            log.message(line)
     eval_loss = None
-    while run.step < total and not stop:
-        batches = [rows.batch(run.position + i * batch_size, batch_size) for i in range(accumulate)]
+    while run.step < total:
+        # every process takes each so many-th micro-batch of the step's rows, which do not depend on how many
+        numbers = range(ranks.rank, accumulate * ranks.size, ranks.size)
+        batches = [rows.batch(run.position + number * batch_size, batch_size) for number in numbers]
         counts = sum((BatchCounts.of(batch) for batch in batches), BatchCounts())
+        stops, *sums = ranks.total(bool(stop), counts.tokens, counts.labels, counts.pairs)
+        if stops:
+            break
+        counts = BatchCounts(*sums)
         for batch in batches:
             run.forward_backward(batch, counts.labels)
         run.window.add(counts)
         run.reduce_gradients(settings.gradient_clip_val)
         lr = run.lr
-        run.optimizer_step(accumulate * batch_size)
+        run.optimizer_step(accumulate * batch_size * ranks.size)
         log.advance(run.step)
 
         ends = run.step == total
         evaluated = heldout if ends or _is_due(settings.eval_every_n_steps, run.step) else None
         if evaluated is not None or ends or _is_due(settings.log_every_n_steps, run.step):
+            run.collect_losses()
             _check_finite(job)
-            known = limit.rate
-            values = {
-                "loss": run.window.mean_loss(),
-                "lr": lr,
-                "grad_norm": run.grad_norm.item(),
-                **run.window.rates(cost, limit),
-                "peak_memory_gib": peak_memory(run.model.device) / 2**30,
-            }
-            if run.scaler.is_enabled():
-                values["skipped_steps"] = run.skipped
+            values: dict[str, float] = {}
+            if limit is not None:
+                known = limit.rate
+                values = _measured(run, lr, cost, limit)
+                if limit.rate != known:
+                    log.message(f"{limit.describe()} again")
             if evaluated is not None:
                 values["eval_loss"] = eval_loss = _evaluate(job, evaluated, settings)
                 run.step_on_metric(eval_loss)
-            if limit.rate != known:
-                log.message(f"{limit.describe()} again")
             log.kernels()
             log.record(run.step, **values)
             run.window.clear()
@@ -143,11 +157,30 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
     return eval_loss
 
 
+def _measured(run: RunState, lr: float, cost: StepCost, limit: GemmLimit) -> dict[str, float]:
+    """What a line of metrics.jsonl says of the steps of its window, the last one taken with ``lr``."""
+    values = {
+        "loss": run.window.mean_loss(),
+        "lr": lr,
+        "grad_norm": run.grad_norm.item(),
+        **run.window.rates(cost, limit, run.ranks.size),
+        "peak_memory_gib": peak_memory(run.model.device) / 2**30,
+    }
+    if run.scaler.is_enabled():
+        values["skipped_steps"] = run.skipped
+    return values
+
+
 def _evaluate(job: Job, heldout: PackedDataset, settings: TrainConfig) -> float:
-    return evaluate(job.run.model, heldout, settings.batch_size, settings.eval_max_batches)
+    run = job.run
+    loss = evaluate(run.model, heldout, settings.batch_size, settings.eval_max_batches, run.ranks)
+    run.agree_on_kernels()
+    return loss
 
 
 def _save(job: Job, log: RunLog, *, keep: bool) -> None:
+    job.run.agree_on_kernels()
+    job.run.collect_losses()
     _check_finite(job)
     log.sync()
     job.save(keep=keep)
@@ -190,11 +223,14 @@ def main(arguments: Sequence[str]) -> None:
     """The command: CONFIG [key=value ...]."""
     parser = CommandParser("train", "CONFIG [key=value ...]", _ABOUT, _EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
-    with stop_signals():
+    with stop_signals() as stop:
         _, config = parse_command(parser, arguments)
         setup_process()
         quiet_transformers()
-        if train(config).stopped:
+        stopped = train(config).stopped
+        if launched_processes() > 1:
+            stop.ignore()  # the first process to end makes the launcher stop the others
+        if stopped:
             sys.exit(EXIT_STOPPED)
 
 

@@ -11,7 +11,7 @@ from bloomft.command_line import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "batch", "files", "process", "progress", "accounting"),
+    ("errors", "batch", "files", "process", "ranks", "progress", "accounting"),
     ("config",),
     ("data", "model"),
     ("run",),

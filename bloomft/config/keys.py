@@ -164,6 +164,15 @@ class TrainConfig:
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     device: str = _key("auto", "auto is CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    strategy: str = _key(
+        "auto",
+        "what the processes that torchrun starts share: ddp sums the adapters' gradients, the base is whole "
+        "on each; auto is ddp",
+        choices=("auto", "ddp"),
+    )
+    timeout_minutes: float = _key(
+        30.0, "how long a process waits for another one in a step before the job fails", above=0
+    )
     compile: bool = _key(False, "torch.compile the blocks")
     cuda_graph: bool | str = _key(
         "auto",

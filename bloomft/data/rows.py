@@ -141,10 +141,15 @@ class PackedDataset:
         fitting = int(np.searchsorted(np.cumsum(tokens), max_batches * EVAL_BATCH_TOKENS, side="right"))
         return np.sort(order[: max(fitting, 1)])
 
-    def eval_batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
-        """Each of `eval_rows` once, in a fixed order, in batches as `batch` returns them; the last may be
-        smaller. Which rows they are does not depend on ``batch_size``."""
-        rows = self.eval_rows(max_batches)
+    def eval_batches(
+        self, batch_size: int, max_batches: int | None = None, share: slice = slice(None)
+    ) -> Iterator[Batch]:
+        """Each of `eval_rows`, or of a ``share`` of them, once, in a fixed order.
+
+        In batches as `batch` returns them; the last may be smaller. Which rows they are does not depend on
+        ``batch_size``.
+        """
+        rows = self.eval_rows(max_batches)[share]
         for first in range(0, len(rows), batch_size):
             yield self._collate(rows[first : first + batch_size].tolist())
 

@@ -92,6 +92,11 @@ class TokenCache:
         return result
 
 
+def open_token_cache(cache_dir: Path, key: str) -> TokenCache | None:
+    """The cache of ``key``, which another process has built; None where it is not there, or damaged."""
+    return _open_cache(_folder(cache_dir, key))
+
+
 def build_token_cache(
     patterns: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cache_dir: Path, *, progress: bool = True
 ) -> TokenCache:
@@ -110,7 +115,7 @@ def build_token_cache(
     total = sum(sum(map(len, s)) if isinstance(s, list) else s[1] for s in before)
     with waiting("reading the text,", total, in_bytes=True) as wait:
         key = _content_key(files, state, wait.advance)
-    folder = Path(cache_dir).expanduser() / f"tokens-{key}"
+    folder = _folder(cache_dir, key)
     cache = _open_cache(folder)
     if cache is not None:
         return cache
@@ -134,6 +139,10 @@ def build_token_cache(
             f"cannot write the token cache {folder}: {error.strerror or error}; "
             "free space there or point data.cache_dir at a folder that can be written"
         ) from error
+
+
+def _folder(cache_dir: Path, key: str) -> Path:
+    return Path(cache_dir).expanduser() / f"tokens-{key}"
 
 
 class _TokenizerState(NamedTuple):

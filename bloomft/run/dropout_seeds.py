@@ -5,6 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from bloomft.ranks import Ranks
 from lorakernels import LoRALinear
 
 # An odd number near 2**64 divided by the golden ratio: multiples of it, modulo 2**64, are far from each other
@@ -33,9 +34,13 @@ class DropoutSeeds:
         for layer, row in zip(layers, self._seeds, strict=True):
             layer.dropout_seed = row[:1]
 
-    def draw(self) -> Tensor:
-        """The seed of a micro-batch, int64 [1] on the CPU, from torch's generator, which checkpoints hold."""
-        return torch.empty(1, dtype=torch.int64).random_()
+    def draw(self, ranks: Ranks) -> Tensor:
+        """The seed of a micro-batch, int64 [1] on the CPU, from torch's generator, which checkpoints hold.
+
+        Every process draws those of all processes, so that a seed belongs to rows and not to a process.
+        """
+        drawn = [torch.empty(1, dtype=torch.int64).random_() for _ in range(ranks.size)]
+        return drawn[ranks.rank]
 
     def set(self, seed: Tensor) -> None:
         """Give every layer its seed for the micro-batch of ``seed`` [1], on the layers' device."""

@@ -1,7 +1,6 @@
 """Checks that a run must pass before its base model is loaded or downloaded."""
 
 import importlib.util
-import os
 import sys
 
 import torch
@@ -16,10 +15,6 @@ from bloomft.run.optimization import check_schedule
 
 def check_early(config: Config) -> None:
     """Raise `UserError` for a run that cannot succeed on this machine; takes milliseconds, writes nothing."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training runs in one process; start it without torchrun"
-        )
     logger = config.train.logger
     if logger not in ("none", *sys.modules) and importlib.util.find_spec(logger) is None:
         where = f"pip install 'bloomft[{logger}]'"

@@ -104,6 +104,37 @@ class RunLog:
             self._tracker.flush()
 
 
+class NoLog(RunLog):
+    """The log of a process that leaves it to process 0: nothing is written or shown."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def record(self, step: int, **values: float) -> None:
+        """Nothing."""
+
+    def track(self, step: int, **values: float) -> None:
+        """Nothing."""
+
+    def kernels(self) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+
 class _Lines(logging.Handler):
     """Hands the text of each record on."""
 

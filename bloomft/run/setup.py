@@ -1,5 +1,6 @@
 """From a configuration to a run that is ready for its next step."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from transformers import BloomForCausalLM
 from bloomft.config.keys import Config
 from bloomft.data.loading import TrainingData, load_data
 from bloomft.data.rows import PackedDataset
+from bloomft.errors import UserError
 from bloomft.model.base import Base, load_base, patch_base
 from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.model.fused_classes import checkpoint_blocks
-from bloomft.model.patch import adapted_layers
+from bloomft.model.patch import adapted_layers, adapter_state
+from bloomft.ranks import Ranks
 from bloomft.run.checkpoint import LAST, TrainingState, save_checkpoint
 from bloomft.run.precision import Precision, choose_precision
 from bloomft.run.resumption import RunIdentity, find_resumption, resume
@@ -38,31 +41,35 @@ class Job:
     notes: list[str]
 
     def save(self, *, keep: bool) -> None:
-        """Write last.ckpt and, with ``keep``, step-<n>.ckpt."""
-        state = TrainingState(**self.run.state_dict(), **vars(self.identity))
-        save_checkpoint(state, self.last.parent, keep=keep)
+        """Write last.ckpt and, with ``keep``, step-<n>.ckpt, which process 0 does for all."""
+        if self.run.ranks.is_first:
+            state = TrainingState(**self.run.state_dict(), **vars(self.identity))
+            save_checkpoint(state, self.last.parent, keep=keep)
         self.saved = self.run.step
 
 
-def set_up(config: Config, device: torch.device) -> Job:
+def set_up(config: Config, device: torch.device, ranks: Ranks | None = None) -> Job:
     """Base, data, adapters and optimizer, restored if there is a checkpoint to resume from.
 
-    Raises `UserError` for whatever the user can correct.
+    ``ranks`` are the processes that train together. Raises `UserError` for whatever the user can correct.
     """
-    resumption = find_resumption(config)
+    ranks = ranks or Ranks()
+    resumption = ranks.from_first(lambda: find_resumption(config))
     remembered = None if resumption.state is None else resumption.state.precision
-    precision = choose_precision(config.train.precision, device, remembered)
+    precision = ranks.from_first(lambda: choose_precision(config.train.precision, device, remembered))
     dtype = precision.dtype
     least_tokens = config.train.batch_size * (config.data.max_length if config.data.packing else 2)
-    base = load_base(config.model.transformer)
+    base = ranks.after_first(lambda: load_base(config.model.transformer))
     torch.manual_seed(config.data.random_state)
     model = patch_base(base, config.model.lora, device, dtype, least_tokens)
     draws = draws_random_numbers(model)
+    if draws and ranks.size > 1:
+        raise UserError("the base has dropout, which would be the same on every process; train it with one")
     checkpoint_blocks(model, config.train.gradient_checkpointing, preserve_rng_state=draws)
     if config.train.compile:
         shape = (config.train.batch_size, config.data.max_length)
         compile_blocks(model, shape if config.data.packing else None)
-    data = load_data(config.data, base.tokenizer)
+    data = load_data(config.data, base.tokenizer, ranks)
     packing = config.data.packing
     was = None if resumption.state is None else resumption.state.cuda_graph
     graph = choose_graph(config.train, model, packing=packing, remembered=was)
@@ -73,19 +80,29 @@ def set_up(config: Config, device: torch.device) -> Job:
         # a CPU gains nothing, and computes the rows that are filled up
         fixed_shapes=packing and (device.type == "cuda" or graph.used),
         recorder=graph.recorder(device),
+        ranks=ranks,
     )
     identity = RunIdentity.of(config, base.identity, data.identity)
     if resumption.state is not None and resumption.path is not None:
         resume(run, resumption.state, identity, resumption.path)
+    ranks.check_equal({**vars(identity), "adapters": _digest(model)})
     last = config.train.run_dir / LAST
     saved = run.step if resumption.path == last else None
     notes = [
         *_describe(base, precision, graph, model, data),
-        *describe_plan(config, data.train),
+        *describe_plan(config, data.train, ranks.size),
         describe_memory(model),
         *resumption.notes,
     ]
     return Job(run, identity, data, last, saved, notes)
+
+
+def _digest(model: BloomForCausalLM) -> str:
+    """A hash of the adapters' bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in adapter_state(model).values():
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _describe(
@@ -111,15 +128,16 @@ def _describe(
     )
 
 
-def describe_plan(config: Config, rows: PackedDataset) -> Iterator[str]:
+def describe_plan(config: Config, rows: PackedDataset, processes: int = 1) -> Iterator[str]:
     """What a step takes and how many there are, in two lines for the log."""
     train, schedule = config.train, config.optim.scheduler
-    per_step = train.batch_size * train.accumulate_grad_batches
+    per_step = train.batch_size * train.accumulate_grad_batches * processes
     # without packing a row is only as long as its text
     tokens = f"{per_step * rows.num_tokens / len(rows):,.0f}"
     epoch = len(rows) / per_step
+    several = f" x {processes} processes" if processes > 1 else ""
     yield (
-        f"step: {train.batch_size} rows x {train.accumulate_grad_batches}, about {tokens} tokens; "
+        f"step: {train.batch_size} rows x {train.accumulate_grad_batches}{several}, about {tokens} tokens; "
         f"epoch: {len(rows):,} rows, {epoch:,.1f} steps"
     )
     mode = train.gradient_checkpointing

@@ -7,10 +7,15 @@ from types import FrameType
 from typing import Any
 
 from bloomft.errors import Stopped
+from bloomft.process import launched_processes
 
 
 class StopRequest:
-    """True once SIGINT or SIGTERM has come; a second signal acts as if it were not caught."""
+    """True once SIGINT or SIGTERM has come; a second signal acts as if it were not caught.
+
+    A launched process notes every one: its launcher sends its own after what the terminal or the scheduler
+    sends to all, and kills what does not end in time.
+    """
 
     def __init__(self) -> None:
         self._received = False
@@ -50,9 +55,17 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous.clear()
 
+    def ignore(self) -> None:
+        """From here on signals have no effect: the work is done, and its exit status stands."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, _number: int, _frame: FrameType | None) -> None:
+        if self._received and launched_processes() > 1:
+            return
         self._received = True
-        self._restore()
+        if launched_processes() == 1:
+            self._restore()
         self._raise_if_received()
 
 

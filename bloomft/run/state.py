@@ -14,6 +14,7 @@ from bloomft.batch import Batch, to_device
 from bloomft.config.keys import OptimConfig
 from bloomft.model.patch import adapted_layers, adapter_state, load_adapter_state
 from bloomft.process import precision_of
+from bloomft.ranks import Ranks
 from bloomft.run.dropout_seeds import DropoutSeeds
 from bloomft.run.gradients import FlatGradients
 from bloomft.run.optimization import make_optimizer, make_scheduler, restore_scheduler
@@ -58,12 +59,12 @@ class LogWindow:
         """Loss in nats a label; waits for the device."""
         return self.loss.item() / max(self.labels, 1)
 
-    def rates(self, cost: StepCost, limit: GemmLimit) -> dict[str, float]:
-        """Speed and what it counts; ``limit`` is what MFU refers to."""
+    def rates(self, cost: StepCost, limit: GemmLimit, processes: int) -> dict[str, float]:
+        """Speed of all ``processes`` and what it counts; ``limit``, of one, is what MFU refers to."""
         seconds, counts = time.perf_counter() - self.start, self.counts
         return {
             "tokens_per_second": counts.tokens / seconds,
-            "mfu": limit.share(cost.flops(counts) / seconds),
+            "mfu": limit.share(cost.flops(counts) / seconds / processes),
             "supervised_share": counts.labels / counts.tokens,
         }
 
@@ -79,6 +80,7 @@ class RunState:
             few sizes are met.
         recorder: what records forward and backward pass, to replay them; None runs them as they are. Needs
             fixed_shapes.
+        ranks: the processes that train together.
 
     Attributes:
         step: optimizer steps done or, with fp16, skipped by the scaler, which ``skipped`` counts.
@@ -97,8 +99,10 @@ class RunState:
         fp16: bool,
         fixed_shapes: bool = False,
         recorder: Recorder | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.settings = model, settings
+        self.ranks = ranks or Ranks()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(model, settings)
         self.scheduler = make_scheduler(self.optimizer, settings.scheduler)
@@ -120,22 +124,45 @@ class RunState:
         return self.optimizer.param_groups[0]["lr"]
 
     def prepare(self, tokens: int) -> None:
-        """Prepare for steps with micro-batches of ``tokens`` tokens: the layers choose their kernels."""
+        """Prepare for steps with micro-batches of ``tokens`` tokens: the layers choose their kernels.
+
+        Process 0 chooses, the others take over what it chose.
+        """
         self.model.train()
+        chosen = self.ranks.from_first(lambda: self._choose_kernels(tokens))
+        if not self.ranks.is_first:
+            use_kernel_choices(chosen)
+            self._choose_kernels(tokens)
+        self.window.start_clock()
+
+    def _choose_kernels(self, tokens: int) -> dict[str, dict]:
         for layer in adapted_layers(self.model).values():
             layer.prepare(tokens)
-        self.window.start_clock()
+        return kernel_choices()
+
+    def agree_on_kernels(self) -> None:
+        """Use on every process what any of them has chosen since, process 0's choice where several did."""
+        if self.ranks.size > 1:
+            for chosen in reversed(self.ranks.gather(kernel_choices())):
+                use_kernel_choices(chosen)
+
+    def collect_losses(self) -> None:
+        """Move what the window of every process adds up to into that of process 0."""
+        self.ranks.add(self.window.loss)
+        if not self.ranks.is_first:
+            self.window.loss.zero_()
 
     def forward_backward(self, batch: Batch, labels: int) -> None:
         """Forward and backward of one micro-batch, the one place for them.
 
-        ``labels`` counts those of the whole step: its loss and gradients do not depend on how it is cut.
+        ``labels`` counts those of the whole step, on all processes: its loss and gradients do not depend on
+        how it is cut.
         Raises RuntimeError where no gradient reaches an adapter.
         """
         vocabulary = self.model.config.vocab_size
         inputs = step_inputs(batch, labels, vocabulary, fill_rows=self.fixed_shapes)
         if self._seeds.used:
-            inputs["seed"] = self._seeds.draw()
+            inputs["seed"] = self._seeds.draw(self.ranks)
         if self._graph is None:
             loss = self._calculate(to_device(inputs, self.model.device))
         else:
@@ -157,9 +184,9 @@ class RunState:
     def reduce_gradients(self, clip: float) -> None:
         """The one place that completes the gradients of a step, once all micro-batches are in them.
 
-        A sum over several processes belongs before the rest: unscaling, their norm, and clipping to ``clip``
-        (0: not at all).
+        They are summed over the processes, unscaled, and clipped to a norm of ``clip`` (0: not at all).
         """
+        self.ranks.add(self.gradients.buffer)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = self.gradients.clip(clip)
 
@@ -234,7 +261,8 @@ class RunState:
         self.step, self.position = state["step"], state["position"]
         self.skipped = self.step - self._steps_done()
         self.base_eval_loss = state["base_eval_loss"]
-        self.window.loss += state["window"]["loss"]
+        if self.ranks.is_first:
+            self.window.loss += state["window"]["loss"]
         self.window.labels = state["window"]["labels"]
 
     def _steps_done(self) -> int:

@@ -9,7 +9,8 @@ import torch
 from benchmarks import process_memory
 from bloomft import process
 from bloomft.command_line import COMMANDS
-from bloomft.process import release_freed_memory, setup_process
+from bloomft.errors import UserError
+from bloomft.process import pick_device, release_freed_memory, setup_process
 from tests.bloomft.python_process import run_python
 
 PRINT = """
@@ -101,3 +102,16 @@ def test_freed_memory_goes_back():
     kept, left = process_memory.in_fresh_process(freed_blocks_still_resident)
     assert kept > 48 * 2**20
     assert left < 16 * 2**20
+
+
+def test_each_launched_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == torch.device("cuda", 1)
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU: there are 2"):
+        pick_device("cuda")

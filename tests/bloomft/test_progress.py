@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import BloomForCausalLM
 
 from bloomft import export, progress, train
-from bloomft.progress import duration, say, waiting
+from bloomft.progress import duration, muted, say, waiting
 from tests.bloomft.python_process import ROOT
 
 
@@ -36,6 +36,15 @@ def test_a_short_wait_shows_nothing(capsys):
     with waiting("held-out row", 9) as wait:
         wait.advance(9)
     assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_shown_where_another_process_shows_it(hurried, capsys):
+    with muted(), waiting("held-out row", 40):
+        say("a message")
+        time.sleep(0.2)
+    with muted(False):
+        say("another one")
+    assert capsys.readouterr().err == "another one\n"
 
 
 def test_a_long_wait_shows_a_line_now_and_then(hurried, capsys):

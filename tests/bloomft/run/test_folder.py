@@ -58,13 +58,6 @@ def test_without_locks_the_run_says_so(tmp_path, no_locks):
     assert leftover.exists()
 
 
-def test_several_processes_are_refused(run, settings, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE=2: training runs in one process"):
-        run()
-    assert not Path(settings["train"]["output_dir"]).exists()
-
-
 def test_leftovers_of_killed_writes_go_at_the_next_start(short_run):
     folder = short_run().run_dir
     names = ("last.ckpt", "step-4.ckpt", "metrics.jsonl", "config.yaml", "wandb-id")
