@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.model.fused_classes import checkpoint_blocks
 from bloomft.model.patch import adapted_layers
+from bloomft.ranks import Ranks
 from bloomft.run.dropout_seeds import DropoutSeeds
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.model.conftest import tokens, with_trained_adapters
@@ -41,10 +42,21 @@ def test_seeds_are_distinct_and_aligned_and_keep_their_places():
 def test_the_seed_of_a_micro_batch_follows_torch_s_generator():
     _, seeds = seeded_model()
     torch.manual_seed(5)
-    drawn = [seeds.draw().item() for _ in range(3)]
+    drawn = [seeds.draw(Ranks()).item() for _ in range(4)]
     torch.manual_seed(5)
-    assert drawn == [seeds.draw().item() for _ in range(3)]
-    assert len(set(drawn)) == 3
+    assert drawn == [seeds.draw(Ranks()).item() for _ in range(4)]
+    assert len(set(drawn)) == 4
+
+
+def test_the_seeds_of_the_micro_batches_are_the_same_on_any_number_of_processes():
+    _, seeds = seeded_model()
+    torch.manual_seed(5)
+    alone = [seeds.draw(Ranks()).item() for _ in range(4)]
+    shared = []
+    for rank in range(2):
+        torch.manual_seed(5)
+        shared.append([seeds.draw(Ranks(rank, 2)).item() for _ in range(2)])
+    assert [seed for pair in zip(*shared, strict=True) for seed in pair] == alone
 
 
 def test_without_dropout_there_are_no_seeds():
