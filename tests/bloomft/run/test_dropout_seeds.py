@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
 from bloomft.model.patch import adapted_layers
+from bloomft.ranks import Ranks
 from bloomft.run.dropout_seeds import DropoutSeeds
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.model.conftest import tokens, with_trained_adapters
@@ -40,10 +41,20 @@ def test_seeds_are_distinct_and_aligned_and_keep_their_places():
 def test_the_seed_of_a_micro_batch_follows_torch_s_generator():
     _, seeds = seeded_model()
     torch.manual_seed(5)
-    drawn = [seeds.draw().item() for _ in range(3)]
+    drawn = [seeds.draw(Ranks()).item() for _ in range(4)]
     torch.manual_seed(5)
-    assert drawn == [seeds.draw().item() for _ in range(3)]
-    assert len(set(drawn)) == 3
+    assert drawn == [seeds.draw(Ranks()).item() for _ in range(4)]
+    assert len(set(drawn)) == 4
+
+
+def test_several_processes_share_the_seeds_of_one():
+    _, seeds = seeded_model()
+    drawn = []
+    for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2)):
+        torch.manual_seed(5)
+        drawn.append([seeds.draw(ranks).item() for _ in range(4 // ranks.size)])
+    alone, first, second = drawn
+    assert (first, second) == (alone[::2], alone[1::2])
 
 
 def test_without_dropout_there_are_no_seeds():
