@@ -94,11 +94,11 @@ class _LaunchedRanks(Ranks):
 
     def __init__(self, timeout: timedelta) -> None:
         super().__init__(dist.get_rank(), dist.get_world_size())
-        self._minutes = timeout.total_seconds() / 60
+        self._timeout = timeout
         self._patient = dist.new_group(backend="gloo", timeout=ALONE_AT_MOST)
 
     def add(self, tensor: Tensor) -> None:
-        with self._exchange():
+        with self._exchange(self._timeout):
             dist.all_reduce(tensor)
 
     def total(self, *counts: int) -> list[int]:
@@ -108,25 +108,26 @@ class _LaunchedRanks(Ranks):
 
     def from_first(self, make: Callable[[], T]) -> T:
         sent: list[Any] = [make() if self.is_first else None]
-        with self._exchange():
+        with self._exchange(ALONE_AT_MOST):
             dist.broadcast_object_list(sent, src=0, group=self._patient)
         return sent[0]
 
     def gather(self, value: T) -> list[T]:
         received: list[Any] = [None] * self.size
-        with self._exchange():
+        with self._exchange(self._timeout):
             dist.all_gather_object(received, value)
         return received
 
     @contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def _exchange(self, timeout: timedelta) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # torch has no narrower class for what gloo and NCCL report
             if "timed out" in str(error).lower():
-                why = f"another one did not answer within {self._minutes:g} minutes (train.timeout_minutes)"
+                minutes = timeout.total_seconds() / 60
+                why = f"another one did not answer within {minutes:g} minutes"
             else:
-                why = f"another one has ended ({str(error).splitlines()[0]})"
+                why = f"another one has ended ({_first_sentence(error)})"
             raise LostProcessError(f"process {self.rank} of {self.size} stopped: {why}") from error
 
 
@@ -158,12 +159,17 @@ def join_ranks(device: torch.device, timeout_minutes: float) -> Iterator[Ranks]:
         atexit.register(_leave)
         ranks = _LaunchedRanks(timeout)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise LostProcessError(f"process {os.environ['RANK']} cannot meet the others: {reason}") from error
+        raise LostProcessError(
+            f"process {os.environ['RANK']} cannot meet the others: {_first_sentence(error)}"
+        ) from error
     with muted(not ranks.is_first):
         yield ranks
     ranks.total(0)
     _leave()
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    return str(error).partition(". ")[0].partition("\n")[0]
 
 
 def _leave() -> None:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bloomft.model.compiled_blocks import compile_blocks
-from bloomft.model.fused_classes import checkpoint_blocks
+from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
 from bloomft.model.patch import adapted_layers
 from bloomft.ranks import Ranks
 from bloomft.run.dropout_seeds import DropoutSeeds
@@ -48,15 +47,14 @@ def test_the_seed_of_a_micro_batch_follows_torch_s_generator():
     assert len(set(drawn)) == 4
 
 
-def test_the_seeds_of_the_micro_batches_are_the_same_on_any_number_of_processes():
+def test_several_processes_share_the_seeds_of_one():
     _, seeds = seeded_model()
-    torch.manual_seed(5)
-    alone = [seeds.draw(Ranks()).item() for _ in range(4)]
-    shared = []
-    for rank in range(2):
+    drawn = []
+    for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2)):
         torch.manual_seed(5)
-        shared.append([seeds.draw(Ranks(rank, 2)).item() for _ in range(2)])
-    assert [seed for pair in zip(*shared, strict=True) for seed in pair] == alone
+        drawn.append([seeds.draw(ranks).item() for _ in range(4 // ranks.size)])
+    alone, first, second = drawn
+    assert (first, second) == (alone[::2], alone[1::2])
 
 
 def test_without_dropout_there_are_no_seeds():

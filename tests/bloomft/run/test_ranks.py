@@ -240,7 +240,9 @@ def test_a_process_that_fails_ends_the_others_with_a_line_each(launch, tmp_path)
     assert job.finish() == [1, 2]
     first, second = job.errors()
     assert second == "error: a mistake that only process 1 makes\n"
-    assert "process 0 of 2 stopped: another one has ended" in first.splitlines()[-1]
+    last = first.splitlines()[-1]
+    assert last.startswith("process 0 of 2 stopped: another one has ended (")
+    assert "Check the logs" not in last
     assert load_checkpoint(tmp_path / "run" / "last.ckpt").step == 3
 
 
@@ -252,7 +254,7 @@ def test_a_hang_ends_after_the_stated_time(launch):
     job = launch(2, "train.timeout_minutes=0.05", before=hang_in_process_1)
     job.processes[0].join(60)
     assert job.processes[0].exitcode == 1, job.errors()
-    assert "did not answer within 0.05 minutes (train.timeout_minutes)" in job.errors()[0].splitlines()[-1]
+    assert "did not answer within 0.05 minutes" in job.errors()[0].splitlines()[-1]
     assert job.processes[1].exitcode is None
     job.processes[1].kill()
 
