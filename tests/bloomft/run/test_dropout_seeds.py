@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bloomft.model.fused_classes import checkpoint_blocks, compile_blocks
+from bloomft.model.compiled_blocks import compile_blocks
+from bloomft.model.fused_classes import checkpoint_blocks
 from bloomft.model.patch import adapted_layers
 from bloomft.ranks import Ranks
 from bloomft.run.dropout_seeds import DropoutSeeds
