@@ -267,10 +267,10 @@ def roundings(implementation: str) -> int:
         implementations.ATEN,
         implementations.ATEN_WIDE,
         implementations.ONEDNN,
+        implementations.with_gemm(VENDOR),
     )
-    known = {one.name: one.roundings for one in offered} | {f"triton:{VENDOR}": 2}
-    # the other GEMMs of Triton round as often as each other
-    return known.get(implementation, Implementation.roundings)
+    # the other GEMMs of Triton differ in name alone
+    return {one.name: one.roundings for one in offered}.get(implementation, Implementation.roundings)
 
 
 def named(problem: Problem) -> list[str]:

@@ -179,18 +179,19 @@ def _with_shipped_gemms(
     from lorakernels.ops.lora_linear.triton.tiles import Chip, shipped_gemms
 
     chip = Chip(major, shared_limit)
-    return tuple(map(_with_gemm, shipped_gemms(dtype, chip, aligned=aligned, masked=masked)))
+    return tuple(map(with_gemm, shipped_gemms(dtype, chip, aligned=aligned, masked=masked)))
 
 
 @functools.cache
 def _interpreted(dtype: torch.dtype) -> tuple[Implementation, ...]:
     from lorakernels.ops.lora_linear.triton.tiles import default_gemm
 
-    return (_with_gemm(default_gemm(dtype)),)
+    return (with_gemm(default_gemm(dtype)),)
 
 
 @functools.cache
-def _with_gemm(gemm: "Gemm") -> Implementation:
+def with_gemm(gemm: "Gemm") -> Implementation:
+    """The Triton implementation with that GEMM."""
     from lorakernels.ops.lora_linear import triton
     from lorakernels.ops.lora_linear.triton.tiles import Family
 

@@ -35,22 +35,27 @@ class Parts:
 
     Attributes:
         values: [rows, at least columns] in x's dtype.
-        width: columns of one part, a multiple of 16.
         columns: those that the GEMM multiplies.
         low: first column of the low part for the thin products; 0 where high is exact.
-        shift: what that low part is multiplied by.
     """
 
     values: Tensor
-    width: int
     columns: int
     low: int
-    shift: float
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the factors of one problem are cut: from x's dtype, the adapters' and the rank."""
+    """How the factors of one problem are cut: from x's dtype, the adapters' and the rank.
+
+    Attributes:
+        dtype: of the parts.
+        parts: side by side in the GEMM.
+        rank: r.
+        block: ranks that a thin kernel handles at once.
+        width: columns of one part, a multiple of block.
+        shift: what the low part for the thin products is multiplied by.
+    """
 
     dtype: torch.dtype
     parts: int
@@ -78,7 +83,7 @@ class Layout:
         shifted = self.shift != 1.0
         low = 0 if self.parts == 1 else parts * self.width if shifted else self.width
         values = torch.empty(rows, (parts + shifted) * self.width, dtype=self.dtype, device=like.device)
-        return Parts(values, self.width, parts * self.width, low, self.shift)
+        return Parts(values, parts * self.width, low)
 
     def right(self, rows: int, like: Tensor, by_columns: bool) -> Parts:
         """Parts of A or B, [rows, r], to be filled; by_columns: the rows are adjacent in memory."""
@@ -89,7 +94,7 @@ class Layout:
         values = torch.empty(shape, dtype=self.dtype, device=like.device)
         low = 0 if exact else (3 if shifted else 2) * self.width
         values = values.T if by_columns else values
-        return Parts(values, self.width, self.parts * self.width, low, self.shift)
+        return Parts(values, self.parts * self.width, low)
 
 
 @triton.jit
@@ -258,7 +263,7 @@ def pack(
     rows_adjacent = weight.stride(1) == 1
     s_count = layout.parts if whole_s else min(2, layout.parts)
     # what is not packed has no rows; its pointers still need arguments
-    nothing = weight, Parts(weight, 0, 0, 0, 1.0)
+    nothing = weight, Parts(weight, 0, 0)
     a = b = third = nothing
     if lora_a is not None:
         a = lora_a.T, layout.right(lora_a.shape[1], weight, by_columns=rows_adjacent)
