@@ -5,7 +5,7 @@ from lorakernels.modules import LoRALinear, RowParts
 from lorakernels.ops.alibi_attention import AttentionMask, alibi_attention, alibi_slopes, attention_mask
 from lorakernels.ops.frozen_linear import frozen_linear
 from lorakernels.ops.layer_norm_shrink import layer_norm_shrink
-from lorakernels.ops.linear_cross_entropy import linear_cross_entropy
+from lorakernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_in_blocks
 from lorakernels.ops.lora_linear import lora_linear
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "kernel_report",
     "layer_norm_shrink",
     "linear_cross_entropy",
+    "linear_cross_entropy_in_blocks",
     "lora_linear",
     "use_kernel_choices",
 ]

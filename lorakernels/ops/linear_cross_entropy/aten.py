@@ -8,6 +8,8 @@ stays out of the running sums: with ``z = log(sum of the other exponentials) - l
 digits when the model is confident.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from lorakernels.cpu_gemm import BLAS, Gemm, fastest, product_dtype, weight_blocks
@@ -31,37 +33,72 @@ def forward(
     `accumulation_dtype`. The statistics (shift, scale) give the softmax of every column but the label's as
     exp(logit - shift) · scale: one number, their log-sum-exp, would be rounded by more than the two.
     """
+    return forward_in_blocks(hidden, [weight], labels, with_gradient)
+
+
+def forward_in_blocks(
+    hidden: torch.Tensor, weights: Iterable[torch.Tensor], labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As `forward`; ``weights`` are the rows of weight in order, each used up before the next is taken."""
     rows, width = hidden.shape
     dtype = accumulation_dtype(hidden.dtype)
-    gemm, compute = _products(weight)
+    gemm, compute = _products(hidden)
     states = hidden.to(compute)
     maximum = states.new_full((rows, 1), torch.finfo(dtype).min, dtype=dtype)
     total = torch.zeros_like(maximum)
     label_logit = torch.zeros_like(maximum)
     mean = states.new_zeros((rows, width) if with_gradient else (0,), dtype=dtype)
-    columns = min(COLUMNS, len(weight))
-    chunk = min(rows, block_rows(columns, dtype))
-    for start, _, block in weight_blocks(weight, columns, compute):
-        for first in range(0, rows, chunk):
-            part = slice(first, min(first + chunk, rows))
-            logits = gemm.forward(states[part], block, None).to(dtype)
-            _take_label(logits, labels[part, None] - start, label_logit[part])
-            highest = torch.maximum(maximum[part], logits.amax(dim=1, keepdim=True))
-            decay = (maximum[part] - highest).exp_()
-            maximum[part] = highest
-            weights = logits.sub_(highest).exp_()
-            total[part] = total[part].mul_(decay) + weights.sum(dim=1, keepdim=True)
-            if with_gradient:
-                _accumulate(gemm, mean[part].mul_(decay), weights, block)
-            del logits, weights  # so that the next block can reuse their memory
-    total.clamp_(min=torch.finfo(dtype).tiny)
+    label_rows = torch.zeros_like(hidden) if with_gradient else hidden[:0]
+    first_column = 0
+    for weight in weights:
+        if with_gradient:
+            take_rows(weight, labels - first_column, label_rows)
+        columns = min(COLUMNS, len(weight))
+        chunk = min(rows, block_rows(columns, dtype))
+        for start, _, block in weight_blocks(weight, columns, compute):
+            for first in range(0, rows, chunk):
+                part = slice(first, min(first + chunk, rows))
+                logits = gemm.forward(states[part], block, None).to(dtype)
+                _take_label(logits, labels[part, None] - first_column - start, label_logit[part])
+                highest = torch.maximum(maximum[part], logits.amax(dim=1, keepdim=True))
+                decay = (maximum[part] - highest).exp_()
+                maximum[part] = highest
+                weights_of_block = logits.sub_(highest).exp_()
+                total[part] = total[part].mul_(decay) + weights_of_block.sum(dim=1, keepdim=True)
+                if with_gradient:
+                    _accumulate(gemm, mean[part].mul_(decay), weights_of_block, block)
+                # so that the next block can reuse their memory
+                del logits, weights_of_block
+        first_column += len(weight)
+    return finish(maximum, total, label_logit, mean if with_gradient else None, label_rows)
+
+
+def finish(
+    maximum: torch.Tensor,
+    total: torch.Tensor,
+    label_logit: torch.Tensor,
+    mean: torch.Tensor | None,
+    label_rows: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The results of `forward` from sums over all columns but the label's.
+
+    total [T, 1] sums exp(logit - maximum), mean [T, H], overwritten, that times the head's rows; label_rows
+    [T, H] are the labels' own.
+    """
+    total.clamp_(min=torch.finfo(total.dtype).tiny)
     odds = total.log().add_(maximum).sub_(label_logit)
     losses = torch.logaddexp(odds, torch.zeros_like(odds))
     others = odds.sigmoid_()
-    if with_gradient:
-        mean.div_(total).sub_(weight[labels]).mul_(others)
-    statistics = torch.cat([maximum, others / total], dim=1)
-    return losses[:, 0], statistics, mean if with_gradient else None
+    if mean is not None:
+        mean.div_(total).sub_(label_rows).mul_(others)
+    return losses[:, 0], torch.cat([maximum, others / total], dim=1), mean
+
+
+def take_rows(weight: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+    """Write weight[index[t]] to out[t] where weight has such a row; no device is waited for."""
+    inside = (index >= 0) & (index < len(weight))
+    found = weight[torch.where(inside, index, 0)]
+    torch.where(inside[:, None], found, out, out=out)
 
 
 def weight_gradient(

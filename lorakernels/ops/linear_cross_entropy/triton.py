@@ -6,7 +6,10 @@ known: the product of these with the head's rows is scaled by row afterwards, in
 of the columns so far when it was last raised; a maximum further above it than the dtype allows raises it, and
 what has been written is scaled down, which few rows need. As in `aten`, the label's own logit stays out of
 the sums, so that a confident model loses no digits; its row of the head is subtracted apart.
+A head that is handed over in blocks goes through the same kernel, which leaves the sums of a block as they are.
 """
+
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -14,6 +17,7 @@ import triton.language as tl
 
 from lorakernels import dispatch
 from lorakernels.launching import launch
+from lorakernels.ops.linear_cross_entropy import aten
 
 # Each buffer of logits reads the whole head twice; a small device gives it this share of its memory.
 BUFFER_BYTES, BUFFER_SHARE = 2**30, 1 / 64
@@ -26,19 +30,25 @@ HEADROOM = {torch.float16: 10.0, torch.bfloat16: 60.0, torch.float32: 60.0}
 def linear_cross_entropy_forward_kernel(
     logits_ptr,  # [rows, V], overwritten by exp(logits - shift), 0 at the label
     labels_ptr,  # [rows]
-    losses_ptr,  # [rows]
-    statistics_ptr,  # [rows, 2]
+    losses_ptr,  # [rows]; of a part of the columns, the label's logit, 0 where it is in another part
+    statistics_ptr,  # [rows, 2]; of a part of the columns, shift and the sum of exp(logit - shift)
     row_stride,
     V,
     HEADROOM: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
+    ALL_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss and softmax statistics of one row of logits, and the softmax of all but the label, unscaled."""
+    """Loss and softmax statistics of one row of logits, and the softmax of all but the label, unscaled.
+
+    Without ALL_COLUMNS what is known of a part of the columns, V of them, in their place.
+    """
     # rows · V passes 2**31
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     label = tl.load(labels_ptr + row)
+    # else it might be one of the columns that fill up the last block
+    label = tl.where(label < V, label, -1)
     # the lowest float32, not -inf: exp(-inf - -inf) is nan
     shift = tl.full((), -3.4e38, tl.float32)
     total = tl.zeros((), tl.float32)
@@ -67,6 +77,11 @@ def linear_cross_entropy_forward_kernel(
         total += tl.sum(weights)
         if WITH_GRADIENT:
             tl.store(logits_ptr + column, weights.to(logits_ptr.dtype.element_ty), mask=column < V)
+    if not ALL_COLUMNS:
+        tl.store(losses_ptr + row, label_logit)
+        tl.store(statistics_ptr + 2 * row, shift)
+        tl.store(statistics_ptr + 2 * row + 1, total)
+        return
     odds = tl.log(tl.maximum(total, 1.2e-38)) + shift - label_logit
     # log(1 + u) with the digits of u that 1 + u drops
     u = tl.exp(-tl.abs(odds))
@@ -120,25 +135,55 @@ def forward(
             part = slice(first, min(first + chunk, rows))
             logits = buffer[: part.stop - first]
             torch.mm(hidden[part], weight.T, out=logits)
-            launch(
-                linear_cross_entropy_forward_kernel,
-                (len(logits),),
-                logits,
-                labels[part],
-                losses[part],
-                statistics[part],
-                logits.stride(0),
-                vocabulary,
-                HEADROOM=HEADROOM[hidden.dtype],
-                WITH_GRADIENT=with_gradient,
-                BLOCK=_block(vocabulary),
-                num_warps=8,
-            )
+            _exponentiate(logits, labels[part], losses[part], statistics[part], with_gradient, whole=True)
             if gradient is not None:
                 _multiply(logits, weight, out=gradient[part])
     if gradient is not None:
         gradient.mul_(statistics[:, 1:]).addcmul_(weight[labels], torch.expm1(-losses)[:, None])
     return losses, statistics, gradient
+
+
+def forward_in_blocks(
+    hidden: torch.Tensor, weights: Iterable[torch.Tensor], labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As `aten.forward_in_blocks`, for 16- and 32-bit inputs."""
+    rows, width = hidden.shape
+    maximum, total, label_logit = (
+        torch.full((rows, 1), value, dtype=torch.float32, device=hidden.device)
+        for value in (torch.finfo(torch.float32).min, 0.0, 0.0)
+    )
+    found = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    sums = torch.empty(rows, 2, dtype=torch.float32, device=hidden.device)
+    mean = None
+    if with_gradient:
+        mean = torch.zeros(rows, width, dtype=torch.float32, device=hidden.device)
+    label_rows = torch.zeros_like(hidden) if with_gradient else hidden[:0]
+    first_column = 0
+    for weight in weights:
+        chunk = min(rows, _fitting(len(weight) * hidden.element_size(), hidden))
+        own_labels = labels - first_column
+        if with_gradient:
+            aten.take_rows(weight, own_labels, label_rows)
+        with torch.cuda.device_of(hidden):
+            buffer = _aligned(chunk, len(weight), hidden)
+            product = None if mean is None else torch.empty_like(mean[:chunk])
+            for first in range(0, rows, chunk):
+                part = slice(first, min(first + chunk, rows))
+                logits = buffer[: part.stop - first]
+                torch.mm(hidden[part], weight.T, out=logits)
+                _exponentiate(logits, own_labels[part], found[part], sums[part], with_gradient, whole=False)
+                label_logit[part] += found[part, None]
+                shift, sum_of_block = sums[part, :1], sums[part, 1:]
+                highest = torch.maximum(maximum[part], shift)
+                decay, decay_of_block = (maximum[part] - highest).exp_(), (shift - highest).exp_()
+                maximum[part] = highest
+                total[part] = total[part] * decay + sum_of_block * decay_of_block
+                if mean is not None and product is not None:
+                    into = product[: len(logits)]
+                    _multiply(logits, weight, out=into)
+                    mean[part].mul_(decay).addcmul_(into, decay_of_block)
+        first_column += len(weight)
+    return aten.finish(maximum, total, label_logit, mean, label_rows)
 
 
 def weight_gradient(
@@ -177,6 +222,33 @@ def weight_gradient(
             )
             result[first : first + columns] = logits.T @ hidden
     return result
+
+
+def _exponentiate(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    statistics: torch.Tensor,
+    with_gradient: bool,
+    *,
+    whole: bool,
+) -> None:
+    """Launch `linear_cross_entropy_forward_kernel`; ``whole``: the logits are of every column."""
+    launch(
+        linear_cross_entropy_forward_kernel,
+        (len(logits),),
+        logits,
+        labels,
+        losses,
+        statistics,
+        logits.stride(0),
+        logits.shape[1],
+        HEADROOM=HEADROOM[logits.dtype],
+        WITH_GRADIENT=with_gradient,
+        ALL_COLUMNS=whole,
+        BLOCK=_block(logits.shape[1]),
+        num_warps=8,
+    )
 
 
 def _fitting(line_bytes: int, like: torch.Tensor) -> int:
