@@ -6,7 +6,7 @@ known: the product of these with the head's rows is scaled by row afterwards, in
 of the columns so far when it was last raised; a maximum further above it than the dtype allows raises it, and
 what has been written is scaled down, which few rows need. As in `aten`, the label's own logit stays out of
 the sums, so that a confident model loses no digits; its row of the head is subtracted apart.
-A head that is handed over in blocks goes through the same kernel, which leaves the sums of a block as they are.
+Of a head that is handed over in blocks the same kernel leaves each block's sums as they are.
 """
 
 from collections.abc import Iterable

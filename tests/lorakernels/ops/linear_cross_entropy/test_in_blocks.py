@@ -66,7 +66,7 @@ def test_loss_and_gradient(name, dtype, reduction, monkeypatch):
     hidden, weight, labels = make_problem(40, 24, 600, dtype)
     labels[:4] = torch.tensor([0, 127, 128, 599])  # at the ends of blocks
     found = results(hidden, weight, labels, reduction)
-    rounds = name == "triton" and dtype.itemsize == 2 or rounds_on_a_cpu(dtype)
+    rounds = (name == "triton" and dtype.itemsize == 2) or rounds_on_a_cpu(dtype)
     assert not failures(found, hidden, weight, labels, reduction, rounds)
     given = (labels != -100).nonzero()[:, 0]
     assert all(map(torch.equal, results(hidden, weight, labels, reduction, rows=given), found))
@@ -121,14 +121,14 @@ def test_under_autocast_blocks_are_cast_as_the_whole_weight():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda hidden, weight, labels: (hidden, [weight[:, 1:]], labels), ValueError, "weight: expected shape"),
-        (lambda hidden, weight, labels: (hidden, [weight, weight[:0]], labels), ValueError, "with V >= 1"),
-        (lambda hidden, weight, labels: (hidden, [weight.double()], labels), TypeError, "weight: expected"),
-        (lambda hidden, weight, labels: (hidden, [weight.to("meta")], labels), ValueError, "device"),
-        (lambda hidden, weight, labels: (hidden, [], labels), ValueError, "blocks: expected at least one"),
-        (lambda hidden, weight, labels: (hidden, [weight], labels + 600), ValueError, "labels: expected 0..599"),
-        (lambda hidden, weight, labels: (hidden, [weight], labels - 600), ValueError, "labels: expected 0..599"),
-        (lambda hidden, weight, labels: (hidden, [weight], labels[1:]), ValueError, "labels: expected shape"),
+        (lambda h, w, labels: (h, [w[:, 1:]], labels), ValueError, "weight: expected shape"),
+        (lambda h, w, labels: (h, [w, w[:0]], labels), ValueError, "with V >= 1"),
+        (lambda h, w, labels: (h, [w.double()], labels), TypeError, "weight: expected"),
+        (lambda h, w, labels: (h, [w.to("meta")], labels), ValueError, "device"),
+        (lambda h, w, labels: (h, [], labels), ValueError, "blocks: expected at least one"),
+        (lambda h, w, labels: (h, [w], labels + 600), ValueError, "labels: expected 0..599"),
+        (lambda h, w, labels: (h, [w], labels - 600), ValueError, "labels: expected 0..599"),
+        (lambda h, w, labels: (h, [w], labels[1:]), ValueError, "labels: expected shape"),
     ],
 )  # fmt: skip
 def test_errors(change, error, message):
@@ -139,7 +139,7 @@ def test_errors(change, error, message):
 def test_no_gradient_of_the_gradient():
     hidden, weight, labels = make_problem(6, 8, 600, torch.float32)
     hidden.requires_grad_()
-    loss = linear_cross_entropy_in_blocks(hidden, [weight], labels)
+    loss = linear_cross_entropy_in_blocks(hidden, [weight], labels) ** 2
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
