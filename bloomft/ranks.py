@@ -1,6 +1,6 @@
 """The processes that train one run together, as torchrun starts them, and what they exchange.
 
-Every process holds the whole model, takes its share of each step's rows and does the same with the summed
+Every process takes its share of each step's rows and does the same with the summed
 gradients. Process 0 alone reads and writes the run's folder; what it finds out is sent to the others.
 """
 
@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -76,6 +76,10 @@ class Ranks:
         """``value`` of every process, in the order of their numbers."""
         return [value]
 
+    def gathering(self) -> AbstractContextManager[None]:
+        """Inside, torch may gather a sharded base between the processes."""
+        return nullcontext()
+
     def check_equal(self, values: dict[str, Any]) -> None:
         """Raise `UserError` on process 0 where one of ``values`` is not the same on every process."""
         everyone = self.gather(values)
@@ -118,11 +122,19 @@ class _LaunchedRanks(Ranks):
             dist.all_gather_object(received, value)
         return received
 
+    def gathering(self) -> AbstractContextManager[None]:
+        return self._exchange(self._timeout, _comes_from_exchange)
+
     @contextmanager
-    def _exchange(self, timeout: timedelta) -> Iterator[None]:
+    def _exchange(
+        self, timeout: timedelta, concerns: Callable[[RuntimeError], bool] = lambda error: True
+    ) -> Iterator[None]:
+        """Inside, an error that ``concerns`` the exchange with the others is a `LostProcessError`."""
         try:
             yield
         except RuntimeError as error:  # torch has no narrower class for what gloo and NCCL report
+            if not concerns(error):
+                raise
             if "timed out" in str(error).lower():
                 minutes = timeout.total_seconds() / 60
                 why = f"another one did not answer within {minutes:g} minutes"
@@ -166,6 +178,10 @@ def join_ranks(device: torch.device, timeout_minutes: float) -> Iterator[Ranks]:
         yield ranks
     ranks.total(0)
     _leave()
+
+
+def _comes_from_exchange(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _first_sentence(error: RuntimeError) -> str:

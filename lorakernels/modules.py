@@ -109,12 +109,13 @@ class LoRALinear(nn.Module):
         *,
         dropout_p: float = 0.0,
         parts: RowParts | None = None,
+        device: torch.device | None = None,
     ) -> "LoRALinear":
         """Wrap linear [K -> N], sharing the storage of its weight and bias.
 
         lora_a [r, K] is initialised as in the LoRA paper's code (Kaiming uniform, a = sqrt(5)), lora_b [N,
         r], or [chosen rows, r] under parts, with zeros: the update starts at zero. Both are float32 whatever
-        the base is, float64 on a float64 base.
+        the base is, float64 on a float64 base, and on linear's device, or on device where that is given.
 
         Raises:
             TypeError: linear is no nn.Linear, or not floating point. ValueError: r, scale, dropout_p or parts
@@ -135,10 +136,10 @@ class LoRALinear(nn.Module):
         rows = n if parts is None else n // len(parts.names) * len(parts.chosen)
         if parts is not None:
             parts.head_dim(n)
-        dtype = accumulation_dtype(weight.dtype)
-        lora_a = torch.empty(r, k, dtype=dtype, device=weight.device)
+        dtype, device = accumulation_dtype(weight.dtype), device or weight.device
+        lora_a = torch.empty(r, k, dtype=dtype, device=device)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-        lora_b = torch.zeros(rows, r, dtype=dtype, device=weight.device)
+        lora_b = torch.zeros(rows, r, dtype=dtype, device=device)
         return cls(weight, linear.bias, lora_a, lora_b, float(scale), dropout_p=dropout_p, parts=parts)
 
     @property

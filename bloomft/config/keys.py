@@ -166,10 +166,11 @@ class TrainConfig:
     device: str = _key("auto", "auto is CUDA where there is one", choices=("auto", "cpu", "cuda"))
     strategy: str = _key(
         "auto",
-        "what the processes that torchrun starts share: ddp sums the adapters' gradients, the base is whole "
-        "on each; auto is ddp",
-        choices=("auto", "ddp"),
+        "of several processes that torchrun starts: with ddp each holds the whole base, with fsdp its share "
+        "of it; auto is fsdp where the base takes more than half of a GPU's memory",
+        choices=("auto", "ddp", "fsdp"),
     )
+    cpu_offload: bool = _key(False, "with fsdp on GPUs, keep the blocks' shards in host memory")
     timeout_minutes: float = _key(
         30.0, "how long a process waits for another one in a step before the job fails", above=0
     )

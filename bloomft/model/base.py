@@ -23,7 +23,9 @@ from bloomft.errors import UserError
 from bloomft.files import in_use, mark_used
 from bloomft.model.base_files import (
     INDEX,
+    StoredTensors,
     base_file,
+    check_complete,
     check_tensors,
     damaged_file,
     remembered_fingerprint,
@@ -43,24 +45,27 @@ EMBEDDED_BASE = Path(__file__).parent / "embedded_base"  # see recipe.json there
 class Base:
     """A frozen base model in its stored dtype, with the identity that checkpoints remember.
 
-    ``name`` is what the configuration says, ``location`` what ``from_pretrained`` was given; ``identity`` is
-    name, revision, subfolder and fingerprint, see `base_identity`.
+    ``name`` is what the configuration says, ``location`` what ``from_pretrained`` was given; ``files`` hold the
+    weights; ``identity`` is name, revision, subfolder and fingerprint, see `base_identity`.
     """
 
     model: BloomForCausalLM
     tokenizer: PreTrainedTokenizerFast
     name: str
     location: str
+    files: list[Path]
     dtype: torch.dtype
     identity: dict[str, str | None]
 
 
-def load_base(config: TransformerConfig) -> Base:
+def load_base(config: TransformerConfig, *, weights: bool = True) -> Base:
     """Load model and tokenizer from the hub, a folder, or an embedded base: ``builtin:tiny``, which the
     package carries, or ``builtin:tiny-from-scratch``, pre-trained on first use.
 
     The weights keep the dtype they are stored in, whatever config.json says of it, on the CPU; where they are
     stored in several, all get the narrowest that holds each of them exactly, and a line on stderr says so.
+    Without ``weights`` the model stays on the meta device, for `shard_base` to fill, and its files are only
+    checked and identified.
     Only safetensors files are read. Raises `UserError`, with the file where there is one, when model or
     tokenizer cannot be loaded, are not BLOOM's, are not exactly the tensors that config.json describes, or
     do not belong together.
@@ -80,15 +85,19 @@ def load_base(config: TransformerConfig) -> Base:
             files = weight_files(location, options)
             stored = check_tensors(files, settings)
             dtype = functools.reduce(torch.promote_types, stored) if stored else torch.get_default_dtype()
-            pair: tuple[BloomForCausalLM, dict[str, set[str]]]
-            pair = BloomForCausalLM.from_pretrained(  # type: ignore[assignment]  # two with output_loading_info
-                location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-            )
-            model, found = pair
-        for verb, keys in (("lacks", found["missing_keys"]), ("has an unexpected", found["unexpected_keys"])):
-            if keys:
-                where = files[0] if len(files) == 1 else folder / INDEX
-                raise UserError(f"{where}: {verb} {min(keys)} ({len(keys)} such tensors)")
+            where = files[0] if len(files) == 1 else folder / INDEX
+            if weights:
+                pair: tuple[BloomForCausalLM, dict[str, set[str]]]
+                pair = BloomForCausalLM.from_pretrained(  # type: ignore[assignment]  # two with output_loading_info
+                    location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                )
+                model, found = pair
+                check_complete(found["missing_keys"], found["unexpected_keys"], where)
+            else:
+                with torch.device("meta"):
+                    model = BloomForCausalLM(settings).eval()
+                torch.nn.Module.to(model, dtype)
+                StoredTensors(files).check_complete(model, where)
         if len(stored) > 1:
             *narrow, wide = (str(each).removeprefix("torch.") for each in (*sorted(stored, key=str), dtype))
             say(f"{name}: stored in {' and '.join(narrow)}, loaded in {wide}")
@@ -97,7 +106,7 @@ def load_base(config: TransformerConfig) -> Base:
         raise
     except Exception as error:  # whatever the parsers of transformers and tokenizers raise on a damaged file
         raise UserError(_not_loaded(name, folder, reading, error)) from error
-    return Base(model, tokenizer, name, location, model.dtype, base_identity(config, fingerprint))
+    return Base(model, tokenizer, name, location, files, model.dtype, base_identity(config, fingerprint))
 
 
 def _location(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
@@ -164,6 +173,8 @@ def patch_base(
 ) -> BloomForCausalLM:
     """Move the base to ``device`` and ``dtype`` and add new adapters: the model to train.
 
+    A base without weights stays on the meta device, with adapters on ``device``.
+
     Raises `UserError` where adapters do not fit the model, or where the device has less memory than they and
     the largest activation of ``tokens`` tokens take at the very least.
     """
@@ -176,7 +187,8 @@ def patch_base(
     check_memory(f"model.lora.lora_dim {lora.lora_dim}", 4 * 4 * lora.lora_dim * sum(adapted), device)
     width = 4 * base.model.config.hidden_size
     check_memory(f"train.batch_size x data.max_length ({tokens} tokens)", 2 * width * tokens, device)
-    model = _moved(base.model, device, dtype)
+    on_meta = base.model.device.type == "meta"
+    model = _moved(base.model, base.model.device if on_meta else device, dtype)
     try:
         return patch_bloom(
             model,
@@ -185,6 +197,7 @@ def patch_base(
             lora.attention_layer_name,
             lora.lora_dropout,
             lora.parts,
+            device,
         )
     except ValueError as error:
         raise UserError(f"model.lora: {error}") from error

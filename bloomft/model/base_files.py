@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ REMEMBERED_FROM = 2**28
 
 # By their names in a safetensors header.
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+# The head, which older files store beside the embedding that it is.
+_TIED = "transformer.lm_head.weight"
 
 # What changes the model's function in addition to its tensors.
 _ARCHITECTURE = ("n_head", "layer_norm_epsilon", "apply_residual_connection_post_layernorm")
@@ -105,18 +108,59 @@ def damaged_file(folder: Path) -> str | None:
     return None
 
 
-def fingerprint(model: BloomForCausalLM) -> str:
+class StoredTensors:
+    """The tensors of a base, read from its ``files`` by the names that they have in the model.
+
+    A file is opened for each of them: the pages of an open one would count as this process's memory.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._places: dict[str, tuple[Path, str]] = {}
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118, not a mapping
+                    self._places[f"transformer.{name.removeprefix('transformer.')}"] = file, name
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows ``first`` to ``last``, or to the end, of one tensor: a copy on the CPU in the stored dtype."""
+        file, stored_name = self._places[name]
+        with safe_open(file, "pt") as tensors:
+            return tensors.get_slice(stored_name)[first:last]
+
+    def check_complete(self, model: BloomForCausalLM, where: Path) -> None:
+        """Raise `UserError`, naming ``where``, unless they are exactly the parameters of ``model``."""
+        names = {name for name, _ in model.named_parameters()}
+        check_complete(names - self._places.keys(), self._places.keys() - names - {_TIED}, where)
+
+
+def check_complete(missing: Collection[str], unexpected: Collection[str], where: Path) -> None:
+    """Raise `UserError`, naming ``where``, for tensors that a base lacks or that are not BLOOM's."""
+    for verb, names in (("lacks", missing), ("has an unexpected", unexpected)):
+        if names:
+            raise UserError(f"{where}: {verb} {min(names)} ({len(names)} such tensors)")
+
+
+def fingerprint(model: BloomForCausalLM, files: Sequence[Path]) -> str:
     """40 hexadecimal digits: a hash of every byte of every parameter, and of `_ARCHITECTURE`.
 
-    Take it in the stored dtype, before any cast. It does not depend on how the tensors are spread over files.
+    Take it in the stored dtype, before any cast; a parameter on the meta device is read from ``files``. It
+    does not depend on how the tensors are spread over files.
     """
     names, parameters = zip(*sorted(model.named_parameters()), strict=True)
+    stored = StoredTensors(files) if any(parameter.is_meta for parameter in parameters) else None
+
+    def content(name: str, parameter: Tensor) -> bytes:
+        if stored is not None and parameter.is_meta:
+            parameter = stored.read(name).to(parameter.dtype)
+        return _hash(parameter)
+
     digest = hashlib.blake2b(digest_size=20)
     digest.update(repr([getattr(model.config, key) for key in _ARCHITECTURE]).encode())
     size = sum(parameter.nbytes for parameter in parameters)
     with ThreadPoolExecutor() as pool, waiting("identifying the base,", size, in_bytes=True) as wait:
-        for name, parameter, content in zip(names, parameters, pool.map(_hash, parameters), strict=True):
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode() + content)
+        hashes = pool.map(content, names, parameters)
+        for name, parameter, hashed in zip(names, parameters, hashes, strict=True):
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode() + hashed)
             wait.advance(parameter.nbytes)
     return digest.hexdigest()
 
@@ -128,7 +172,7 @@ def remembered_fingerprint(model: BloomForCausalLM, files: Sequence[Path], cache
     """
     states = [(str(path.resolve()), path.stat()) for path in files]
     if sum(state.st_size for _, state in states) < REMEMBERED_FROM:
-        return fingerprint(model)
+        return fingerprint(model, files)
     architecture = [getattr(model.config, key) for key in _ARCHITECTURE]
     identity = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in states]
     key = hashlib.blake2b(
@@ -138,7 +182,7 @@ def remembered_fingerprint(model: BloomForCausalLM, files: Sequence[Path], cache
     with contextlib.suppress(OSError, ValueError):
         if re.fullmatch("[0-9a-f]{40}", known := path.read_text()):
             return known
-    made = fingerprint(model)
+    made = fingerprint(model, files)
     # A file that was just written may be written again within the same tick of the file system's clock.
     if time.time() - max(state.st_mtime for _, state in states) > 2:
         with contextlib.suppress(UserError):

@@ -25,23 +25,23 @@ def compile_blocks(model: BloomForCausalLM, shape: tuple[int, int] | None = None
 
     def call(block: nn.Module, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
         if named.get("layer_past") is not None:
-            return block._call_impl(hidden, *arguments, **named)
+            return type(block).forward(block, hidden, *arguments, **named)
         if hidden.shape[:2] == shape:
             return constant(block, hidden, *arguments, **named)
         _mark_as_varying(hidden, named.get("alibi"))
         return varying(block, hidden, *arguments, **named)
 
     for block in model.transformer.h:
-        # what nn.Module.compile sets, with one compiled function in place of two
-        block._compiled_call_impl = functools.partial(call, block)
+        # not what nn.Module.compile sets: hooks, such as those that gather a sharded block, run uncompiled
+        block.forward = functools.partial(call, block)
 
 
 def _of_constant_shape(block: nn.Module, *arguments: Any, **named: Any) -> Any:
-    return block._call_impl(*arguments, **named)
+    return type(block).forward(block, *arguments, **named)
 
 
 def _of_varying_shape(block: nn.Module, *arguments: Any, **named: Any) -> Any:
-    return block._call_impl(*arguments, **named)
+    return type(block).forward(block, *arguments, **named)
 
 
 def _mark_as_varying(hidden: Tensor, alibi: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -38,12 +39,14 @@ from bloomft.model.fused_block import (
 )
 from bloomft.model.peft_format import adapted_layers, holds_adapters, save_peft_adapter
 from bloomft.model.plain_modules import is_plain
+from bloomft.model.sharded_vocabulary import gathered_blocks
 from bloomft.process import release_freed_memory
 from lorakernels import (
     AttentionMask,
     alibi_slopes,
     attention_mask,
     linear_cross_entropy,
+    linear_cross_entropy_in_blocks,
 )
 
 # Freed memory is returned after every so many blocks: what a block frees lies between what it saves, in holes
@@ -267,14 +270,17 @@ class FusedBloomForCausalLM(BloomForCausalLM):
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
         reduction = "mean" if num_items_in_batch is None else "sum"
-        loss = linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            self.lm_head.weight,
-            shift_labels.flatten().to(hidden.device),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            rows=supervised_rows,
-        )
+        rows, shift_labels = hidden.reshape(-1, hidden.shape[-1]), shift_labels.flatten().to(hidden.device)
+        weight: Tensor = self.lm_head.weight
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "rows": supervised_rows,
+        }
+        if isinstance(weight, DTensor):
+            loss = linear_cross_entropy_in_blocks(rows, gathered_blocks(weight), shift_labels, **options)
+        else:
+            loss = linear_cross_entropy(rows, weight, shift_labels, **options)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss if num_items_in_batch is None else loss / num_items_in_batch

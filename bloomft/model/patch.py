@@ -26,6 +26,7 @@ def patch_bloom(
     target: str = "query_key_value",
     dropout_p: float = 0.0,
     parts: Sequence[str] | None = None,
+    device: torch.device | None = None,
 ) -> BloomForCausalLM:
     """Give every linear layer called ``target`` a LoRA adapter and the model its fused parts; in place.
 
@@ -33,6 +34,7 @@ def patch_bloom(
         r: rank of the adapters. ``scale`` multiplies B·A directly (PEFT's lora_alpha / r).
         dropout_p: dropout on the adapters' input, in training mode.
         parts: adapt only these of "q", "k", "v", for target "query_key_value"; None adapts every row.
+        device: where the adapters are made; None for where each layer is.
 
     Afterwards only ``lora_a`` and ``lora_b`` (float32) require gradients. In training mode with labels the
     loss is computed without logits, see `FusedBloomForCausalLM`. Returns the same model.
@@ -69,7 +71,7 @@ def patch_bloom(
             raise ValueError(f"'{name}' cannot have an adapter: {reason}")
     rows = _row_parts(model, target, parts)
     adapted = {
-        name: LoRALinear.from_linear(linears[name], r, scale, dropout_p=dropout_p, parts=rows)
+        name: LoRALinear.from_linear(linears[name], r, scale, dropout_p=dropout_p, parts=rows, device=device)
         for name in chosen
     }
     vars(model)[_TRAINED_BEFORE] = frozenset(

@@ -16,12 +16,14 @@ from bloomft.model.base import Base, load_base, patch_base
 from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.model.fused_classes import checkpoint_blocks
 from bloomft.model.patch import adapted_layers, adapter_state
+from bloomft.model.sharding import held_bytes, shard_base
 from bloomft.ranks import Ranks
 from bloomft.run.checkpoint import LAST, TrainingState, save_checkpoint
 from bloomft.run.precision import Precision, choose_precision
 from bloomft.run.resumption import RunIdentity, find_resumption, resume
 from bloomft.run.state import RunState
 from bloomft.run.step_graph import GraphChoice, choose_graph, draws_random_numbers
+from bloomft.run.strategy import choose_strategy
 
 
 @dataclass
@@ -58,10 +60,14 @@ def set_up(config: Config, device: torch.device, ranks: Ranks | None = None) -> 
     remembered = None if resumption.state is None else resumption.state.precision
     precision = ranks.from_first(lambda: choose_precision(config.train.precision, device, remembered))
     dtype = precision.dtype
+    strategy = choose_strategy(config, device, dtype, ranks)
+    sharded = strategy.name == "fsdp"
     least_tokens = config.train.batch_size * (config.data.max_length if config.data.packing else 2)
-    base = ranks.after_first(lambda: load_base(config.model.transformer))
+    base = ranks.after_first(lambda: load_base(config.model.transformer, weights=not sharded))
     torch.manual_seed(config.data.random_state)
     model = patch_base(base, config.model.lora, device, dtype, least_tokens)
+    if sharded:
+        shard_base(model, base.files, device, cpu_offload=config.train.cpu_offload)
     draws = draws_random_numbers(model)
     if draws and ranks.size > 1:
         raise UserError("the base has dropout, which would be the same on every process; train it with one")
@@ -90,6 +96,7 @@ def set_up(config: Config, device: torch.device, ranks: Ranks | None = None) -> 
     saved = run.step if resumption.path == last else None
     notes = [
         *_describe(base, precision, graph, model, data),
+        *([strategy.describe(ranks)] if ranks.size > 1 else []),
         *describe_plan(config, data.train, ranks.size),
         describe_memory(model),
         *resumption.notes,
@@ -152,7 +159,7 @@ def describe_memory(model: BloomForCausalLM) -> str:
     """What weights, adapters and optimizer take, computed from the shapes, without activations."""
     sizes = {True: 0, False: 0}
     for parameter in model.parameters():
-        sizes[parameter.requires_grad] += parameter.nbytes
+        sizes[parameter.requires_grad] += held_bytes(parameter)
     # a gradient and AdamW's two moments for each adapter
     parts = {"base": sizes[False], "adapters": sizes[True], "gradients and AdamW": 3 * sizes[True]}
     amounts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())

@@ -13,6 +13,7 @@ from bloomft.accounting import BatchCounts, GemmLimit, StepCost
 from bloomft.batch import Batch, to_device
 from bloomft.config.keys import OptimConfig
 from bloomft.model.patch import adapted_layers, adapter_state, load_adapter_state
+from bloomft.model.sharding import is_sharded, whole_stand_in
 from bloomft.process import precision_of
 from bloomft.ranks import Ranks
 from bloomft.run.dropout_seeds import DropoutSeeds
@@ -137,7 +138,7 @@ class RunState:
 
     def _choose_kernels(self, tokens: int) -> dict[str, dict]:
         for layer in adapted_layers(self.model).values():
-            layer.prepare(tokens)
+            (whole_stand_in(layer) if is_sharded(self.model) else layer).prepare(tokens)
         return kernel_choices()
 
     def agree_on_kernels(self) -> None:
@@ -164,7 +165,8 @@ class RunState:
         if self._seeds.used:
             inputs["seed"] = self._seeds.draw(self.ranks)
         if self._graph is None:
-            loss = self._calculate(to_device(inputs, self.model.device))
+            with self.ranks.gathering():
+                loss = self._calculate(to_device(inputs, self.model.device))
         else:
             loss = self._graph.run(inputs)
         self.window.loss += loss * labels

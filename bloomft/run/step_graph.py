@@ -19,6 +19,7 @@ from transformers import BloomForCausalLM
 from bloomft.config.keys import TrainConfig
 from bloomft.model.fused_block import takes_fused_inputs
 from bloomft.model.fused_classes import FusedBloomForCausalLM
+from bloomft.model.sharding import is_sharded
 from bloomft.run.random_states import restore_rng_states, rng_states
 from bloomft.run.step_inputs import Inputs, StaticInputs, row_sizes
 
@@ -165,6 +166,8 @@ def obstacle(model: BloomForCausalLM, *, packing: bool) -> str | None:
         return f"the device is {model.device.type}"
     if not packing:
         return "data.packing=false: rows differ in length"
+    if is_sharded(model):
+        return "fsdp: blocks are gathered between the processes"
     if draws_random_numbers(model):
         return "the base has dropout"
     fuses_loss = isinstance(model, FusedBloomForCausalLM) and model.fuses_loss({})
