@@ -45,8 +45,8 @@ EMBEDDED_BASE = Path(__file__).parent / "embedded_base"  # see recipe.json there
 class Base:
     """A frozen base model in its stored dtype, with the identity that checkpoints remember.
 
-    ``name`` is what the configuration says, ``location`` what ``from_pretrained`` was given; ``files`` hold the
-    weights; ``identity`` is name, revision, subfolder and fingerprint, see `base_identity`.
+    ``name`` is what the configuration says, ``location`` what ``from_pretrained`` was given; ``files`` are
+    those of the weights; ``identity`` is name, revision, subfolder and fingerprint, see `base_identity`.
     """
 
     model: BloomForCausalLM

@@ -122,7 +122,7 @@ class StoredTensors:
                     self._places[f"transformer.{name.removeprefix('transformer.')}"] = file, name
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows ``first`` to ``last``, or to the end, of one tensor: a copy on the CPU in the stored dtype."""
+        """Rows ``first`` to ``last``, or to the end, of one tensor on the CPU, mapped from its file."""
         file, stored_name = self._places[name]
         with safe_open(file, "pt") as tensors:
             return tensors.get_slice(stored_name)[first:last]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 # Two are in memory at a time. Large enough for the full bandwidth of a network.
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 
 
 class ShardedEmbedding(nn.Embedding):

@@ -18,6 +18,7 @@ from transformers import BloomForCausalLM
 
 from bloomft.model.base_files import StoredTensors
 from bloomft.model.sharded_vocabulary import ShardedEmbedding, rows_of_a_shard
+from bloomft.process import return_large_blocks
 from bloomft.progress import waiting
 from lorakernels import LoRALinear
 
@@ -31,6 +32,8 @@ def shard_base(
     in. Each process reads its own rows of each tensor alone. With ``cpu_offload`` the shards of the blocks
     stay in host memory, and are copied to the device whenever a block is gathered.
     """
+    if device.type == "cpu":
+        return_large_blocks()
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     embedding, head = model.transformer.word_embeddings, model.lm_head
     embedding.__class__ = ShardedEmbedding
@@ -88,7 +91,8 @@ def _shard(
     """This process's rows of one tensor of the base, as FSDP2 cuts it."""
     rows = rows_of_a_shard(len(parameter), mesh.size())
     first = min(mesh.get_local_rank() * rows, len(parameter))
-    local = stored.read(name, first, min(first + rows, len(parameter))).to(device, parameter.dtype)
+    mapped = stored.read(name, first, min(first + rows, len(parameter)))
+    local = torch.empty(mapped.shape, dtype=parameter.dtype, device=device).copy_(mapped)
     return DTensor.from_local(
         local, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
     )

@@ -28,7 +28,7 @@ class Strategy:
 def choose_strategy(config: Config, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Strategy:
     """What ``train.strategy`` says; "auto" is fsdp where the base, in ``dtype``, takes over half of a GPU.
 
-    One process has nothing to share. Raises `UserError` for ``train.cpu_offload`` without fsdp or without GPUs.
+    One process has nothing to share. Raises `UserError` for ``train.cpu_offload`` without fsdp or GPUs.
     """
     offload, configured = config.train.cpu_offload, config.train.strategy
     if offload and (device.type == "cpu" or ranks.size == 1 or configured == "ddp"):
