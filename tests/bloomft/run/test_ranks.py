@@ -18,20 +18,24 @@ from bloomft import progress
 from bloomft import train as train_module
 from bloomft.data import token_cache
 from bloomft.errors import UserError
+from bloomft.model.fused_classes import FusedBloomModel
 from bloomft.ranks import _store_of_this_start, join_ranks
 from bloomft.run import setup
 from bloomft.run.checkpoint import load_checkpoint
 from bloomft.run.gradients import ALIGNMENT, ROW
 from bloomft.run.state import RunState
 from lorakernels import dispatch
+from tests.bloomft.conftest import tiny_model
 from tests.bloomft.launched import Launched
 from tests.bloomft.python_process import finish, start_python
 from tests.bloomft.run_folder import adapters, metrics, same_adapters
 
 TOLERANCE = 1e-4
+STRATEGIES = ["ddp", "fsdp"]
 COLLECTIVES = [
-    "all_gather", "all_gather_object", "all_reduce", "all_to_all", "barrier", "broadcast", "gather",
-    "broadcast_object_list", "isend", "recv", "reduce", "reduce_scatter", "scatter", "send",
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all",
+    "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather", "isend", "recv", "reduce",
+    "reduce_scatter", "reduce_scatter_tensor", "scatter", "send",
 ]  # fmt: skip
 
 
@@ -55,13 +59,13 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
-def after_step(step: int, act) -> None:
-    """Calls ``act`` in process 1 once this many steps are done."""
+def after_step(step: int, act, *, everywhere: bool = False) -> None:
+    """Calls ``act`` in process 1, or in all of them, once this many steps are done."""
     take = RunState.optimizer_step
 
     def optimizer_step(run: RunState, rows: int) -> None:
         take(run, rows)
-        if run.step == step and rank() == 1:
+        if run.step == step and (everywhere or rank() == 1):
             act()
 
     RunState.optimizer_step = optimizer_step
@@ -71,8 +75,11 @@ def show_every_wait() -> None:
     progress.FIRST_LINE, progress.POLL = 0.0, 0.01
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("size", "batch_size", "accumulate", "dropout"), [(2, 2, 2, 0.1), (4, 1, 2, 0.0)])
-def test_the_same_rows_on_several_processes(run, launch, tmp_path, size, batch_size, accumulate, dropout):
+def test_the_same_rows_on_several_processes(
+    run, launch, tmp_path, size, batch_size, accumulate, dropout, strategy
+):
     alone = run(
         model__lora__lora_dropout=dropout,
         data__packing=False,  # rows differ in labels, which a mean of means would weigh wrongly
@@ -87,6 +94,7 @@ def test_the_same_rows_on_several_processes(run, launch, tmp_path, size, batch_s
         f"train.output_dir={together}",
         f"train.batch_size={batch_size}",
         f"train.accumulate_grad_batches={accumulate}",
+        f"train.strategy={strategy}",
         before=show_every_wait,
     )
     assert job.finish() == [0] * size, job.errors()
@@ -138,9 +146,11 @@ def count_traffic() -> None:
     RunState.optimizer_step, train_module.train = optimizer_step, train
 
 
-def test_a_step_exchanges_the_adapters_gradients_once_and_four_numbers(launch, tmp_path):
+def traffic_of_steps(launch, tmp_path, strategy) -> list[list[list]]:
+    """What process 0 exchanges in each step but the first: name, dtype and bytes of each time."""
     job = launch(
         2,
+        f"train.strategy={strategy}",
         "optim.scheduler.num_training_steps=6",
         "train.accumulate_grad_batches=3",
         "train.log_every_n_steps=100",
@@ -152,13 +162,35 @@ def test_a_step_exchanges_the_adapters_gradients_once_and_four_numbers(launch, t
     seen = json.loads((tmp_path / "traffic").read_text())
     steps = [index for index, entry in enumerate(seen) if entry == "step"]
     assert len(steps) == 6
-    sizes = [-(-value.numel() // ALIGNMENT) * ALIGNMENT for value in adapters(tmp_path / "run").values()]
+    return [seen[first + 1 : last] for first, last in itertools.pairwise(steps)]
+
+
+def of_the_adapters(folder) -> list[list]:
+    """What ddp exchanges in a step."""
+    sizes = [-(-value.numel() // ALIGNMENT) * ALIGNMENT for value in adapters(folder).values()]
     gradients = -(-sum(sizes) // ROW) * ROW * 4
-    for first, last in itertools.pairwise(steps):
-        assert seen[first + 1 : last] == [
-            ["all_reduce", "torch.int64", 4 * 8],
-            ["all_reduce", "torch.float32", gradients],
-        ]
+    return [["all_reduce", "torch.int64", 4 * 8], ["all_reduce", "torch.float32", gradients]]
+
+
+def test_a_step_exchanges_the_adapters_gradients_once_and_four_numbers(launch, tmp_path):
+    steps = traffic_of_steps(launch, tmp_path, "ddp")
+    assert steps == [of_the_adapters(tmp_path / "run")] * 5
+
+
+def test_fsdp_gathers_each_block_twice_and_the_vocabulary_once_a_micro_batch(launch, tmp_path):
+    steps = traffic_of_steps(launch, tmp_path, "fsdp")
+    block = sum(p.nbytes for p in tiny_model().transformer.h[0].parameters())
+    vocabulary = tiny_model().lm_head.weight.nbytes
+    for step in steps:
+        assert [entry for entry in step if entry[0] == "all_reduce"] == of_the_adapters(tmp_path / "run")
+        # an all_gather_into_tensor is noted with what it fills and what it sends
+        gathered = [size for name, _, size in step if name == "all_gather_into_tensor"]
+        # two blocks, forward and backward, of three micro-batches; the backward pass of the last block of
+        # a forward pass needs none where it is the first to come
+        assert sum(gathered) == 3 * 4 * (block + block // 2)
+        assert sum(size for name, _, size in step if name == "broadcast") == 3 * vocabulary
+        sent = {entry[0] for entry in step}
+        assert sent == {"all_reduce", "all_gather_into_tensor", "all_to_all_single", "broadcast"}
 
 
 def signal_process_1_twice() -> None:
@@ -187,9 +219,11 @@ def test_a_signal_to_one_process_stops_all_and_one_or_four_go_on(run, launch, tm
             assert left["loss"] == pytest.approx(right["loss"], abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_killed_worker_is_replaced_and_the_run_ends_in_the_same_bits(
-    launch, settings, config_path, tmp_path, monkeypatch
+    launch, settings, config_path, tmp_path, monkeypatch, strategy
 ):
+    settings["train"]["strategy"] = strategy
     settings["model"]["lora"]["lora_dropout"] = 0.1
     settings["train"]["log_every_n_steps"] = 4  # a line of steps before and after the checkpoint
     whole = tmp_path / "whole"
@@ -248,6 +282,24 @@ def test_a_process_that_fails_ends_the_others_with_a_line_each(launch, tmp_path)
 
 def hang_in_process_1() -> None:
     after_step(4, lambda: time.sleep(1000))
+
+
+def fail_in_a_block_of_process_1() -> None:
+    """Process 1 ends while process 0 waits for its part of a block."""
+
+    def fail(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank() == 1:
+        after_step(4, lambda: setattr(FusedBloomModel, "forward", fail))
+
+
+def test_a_process_that_ends_within_a_pass_is_missed_with_a_line(launch, tmp_path):
+    job = launch(2, "train.strategy=fsdp", before=fail_in_a_block_of_process_1)
+    assert job.finish() == [1, -signal.SIGKILL]
+    last = job.errors()[0].splitlines()[-1]
+    assert last.startswith("process 0 of 2 stopped: another one has ended (")
+    assert load_checkpoint(tmp_path / "run" / "last.ckpt").step == 3
 
 
 def test_a_hang_ends_after_the_stated_time(launch):
