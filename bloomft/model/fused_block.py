@@ -126,11 +126,9 @@ class FusedBloomBlock(BloomBlock):
             alibi = alibi._replace(adds_residual=not adds_in_norm)
         if normed is None:
             normed = norm(hidden_states)
-        if self.apply_residual_connection_post_layernorm:
-            residual = normed
         output, weights = self.self_attention(
             normed,
-            residual,
+            normed if self.apply_residual_connection_post_layernorm else residual,
             alibi=alibi,
             attention_mask=attention_mask,
             layer_past=layer_past,
@@ -166,9 +164,14 @@ class FusedBloomBlock(BloomBlock):
         )
 
     def _adds_in_norm(self, hidden_states: Tensor) -> bool:
-        """Whether `add_layer_norm` may stand for attention's residual addition and the norm after it."""
-        return is_plain(self.self_attention, FusedBloomAttention) and self._is_fusable(
-            self.post_attention_layernorm, hidden_states
+        """Whether `add_layer_norm` may stand for attention's residual addition and the norm after it.
+
+        Not where attention's input is the residual: with a checkpoint it would have to be saved.
+        """
+        return (
+            not self.apply_residual_connection_post_layernorm
+            and is_plain(self.self_attention, FusedBloomAttention)
+            and self._is_fusable(self.post_attention_layernorm, hidden_states)
         )
 
     def _is_fusable(self, norm: nn.LayerNorm, hidden_states: Tensor) -> bool:

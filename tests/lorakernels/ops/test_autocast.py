@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lorakernels import (
+    add_layer_norm,
     alibi_attention,
     alibi_slopes,
     cpu_gemm,
