@@ -32,8 +32,8 @@ def add_layer_norm(
         bias: [K] in x's dtype, frozen.
         eps: added to the variance, at least 0.
         backend: "auto" takes what was measured to be faster on a GPU, and torch's operations elsewhere; the
-            others force one. "triton" needs a GPU, or CPU tensors under TRITON_INTERPRET=1, and leaves K
-            above 16,384 to torch.
+            others force one. "triton" needs a GPU, or CPU tensors under TRITON_INTERPRET=1, and leaves rows
+            of more than 32 KiB to torch.
 
     Returns:
         t and layer_norm(t), both [..., K] in x's dtype (under autocast in autocast's), differentiable once.

@@ -14,9 +14,10 @@ from lorakernels.ops.lora_linear.implementations import check_triton
 
 # Of x for a measurement on a GPU: they are read and written in 2 us at 4.26 TB/s, less than a launch takes.
 LEAST_ELEMENTS = 2**21
-# Columns: of fewer the gradient cancels almost to nothing, and no rule holds for it; more do not fit in the
-# kernels' registers.
-LEAST_WIDTH, LARGEST_WIDTH = 32, 2**14
+# Columns: of fewer the gradient cancels almost to nothing, and no rule holds for it.
+LEAST_WIDTH = 32
+# Bytes of a row that the kernels have registers for.
+LARGEST_ROW = 2**15
 
 
 def _fused(problem: Problem) -> Results:
@@ -65,7 +66,7 @@ def select(problem: Problem | BackwardProblem, backend: str) -> Implementation:
 
 def candidates(x: Tensor) -> tuple[Implementation, ...]:
     """What may compute a problem on x's device under backend="auto", the baseline first."""
-    fused = x.is_cuda and x.dtype != torch.float64 and x.shape[1] <= LARGEST_WIDTH and has_triton()
+    fused = x.is_cuda and x.dtype != torch.float64 and _fits(x) and has_triton()
     return (ATEN, TRITON) if fused else (ATEN,)
 
 
@@ -75,7 +76,12 @@ def _named(x: Tensor, backend: str) -> Implementation:
     if family != "triton":
         return REFERENCE if family == "reference" else ATEN
     check_triton(x)
-    return TRITON if x.shape[1] <= LARGEST_WIDTH else ATEN
+    return TRITON if _fits(x) else ATEN
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether the kernels have registers for a row of x."""
+    return x.shape[1] * x.dtype.itemsize <= LARGEST_ROW
 
 
 def _direction(problem: Problem | BackwardProblem) -> str:

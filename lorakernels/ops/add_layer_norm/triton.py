@@ -12,8 +12,8 @@ from torch import Tensor
 from lorakernels.launching import launch
 from lorakernels.ops.add_layer_norm.reference import BackwardProblem, Problem, Results
 
-# Elements of a row for each warp: two loads of 16 bytes a thread in 16 bits.
-WARP_COLUMNS, MOST_WARPS = 512, 16
+# Elements of a row for each warp: one load of 16 bytes a thread in 16 bits.
+WARP_COLUMNS, MOST_WARPS = 256, 16
 
 
 @triton.jit

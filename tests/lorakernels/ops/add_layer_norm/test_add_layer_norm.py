@@ -66,15 +66,21 @@ def test_the_kernels_on_any_problem(m, k, dtype, layout, names, seed, device):
     assert found_backward("triton", backward) == []
 
 
+WIDEST = {torch.float32: 8192, torch.bfloat16: 16_384}
+
+
+@pytest.mark.parametrize(("dtype", "k"), WIDEST.items(), ids=str)
 @pytest.mark.parametrize("name", WAYS)
-def test_the_widest_rows(name, device):
-    k = implementations.LARGEST_WIDTH
-    assert found(name, check.random_problem(3, k, torch.bfloat16, device)) == []
-    assert found_backward(name, check.random_backward_problem(3, k, torch.bfloat16, device)) == []
+def test_the_widest_rows(name, dtype, k, device):
+    assert found(name, check.random_problem(3, k, dtype, device)) == []
+    assert found_backward(name, check.random_backward_problem(3, k, dtype, device)) == []
 
 
-def test_wider_rows_are_torchs(device):
-    problem = check.random_problem(2, implementations.LARGEST_WIDTH + 1, torch.bfloat16, device)
+@pytest.mark.parametrize(("dtype", "k"), WIDEST.items(), ids=str)
+def test_wider_rows_are_torchs(dtype, k, device):
+    problem = check.random_problem(2, k, dtype, device)
+    assert implementations.select(problem, "triton") is implementations.TRITON
+    problem = check.random_problem(2, k + 1, dtype, device)
     assert implementations.select(problem, "triton") is implementations.ATEN
     assert found("aten", problem) == []
 
