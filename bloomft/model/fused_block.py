@@ -119,8 +119,8 @@ class FusedBloomBlock(BloomBlock):
             if is_plain(norm, nn.LayerNorm):
                 alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
             if self._shrinks_in_norm(hidden_states):
-                normed, *shrunk, residual = self._norm_and_shrink(hidden_states)
-                alibi = alibi._replace(shrunk=tuple(shrunk))
+                normed, s, seed, residual = self._norm_and_shrink(hidden_states)
+                alibi = alibi._replace(shrunk=(s, seed))
             # for one token the number of launches counts, and an operator in Python makes each slower
             adds_in_norm = layer_past is None and self._adds_in_norm(hidden_states)
             alibi = alibi._replace(adds_residual=not adds_in_norm)
@@ -195,7 +195,7 @@ class FusedBloomBlock(BloomBlock):
 
     def _norm_backend(self) -> str:
         """The backend of what stands for layer norms: that of query_key_value's adapter, where it has one."""
-        layer = self.self_attention.query_key_value
+        layer = cast(nn.Module, self.self_attention.query_key_value)
         return layer.backend if isinstance(layer, LoRALinear) else "auto"
 
     def _norm_and_shrink(self, hidden_states: Tensor) -> tuple[Tensor, ...]:

@@ -116,12 +116,12 @@ def _(dh, x, weight, mean, rstd, dt, backend):
 
 def input_gradient(
     dh: Tensor | None,
+    dt: Tensor | None,
+    backend: str,
     x: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    dt: Tensor | None,
-    backend: str,
 ) -> Tensor | None:
     """dx [..., K] of a frozen layer norm h of x, plus dt; dh and dt are None where there is no gradient."""
     return dt if dh is None else _backward_op(dh, x, weight, mean, rstd, dt, backend)
@@ -136,7 +136,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dt, dh, *_without_gradient):
-    dx = input_gradient(dh, *ctx.saved_tensors, dt, ctx.backend)
+    dx = input_gradient(dh, dt, ctx.backend, *ctx.saved_tensors)
     return *(dx if need else None for need in ctx.needs_input_grad[:2]), None, None, None, None
 
 

@@ -1,7 +1,5 @@
 """How right an implementation is, against float64, by the bounds of `lorakernels.tolerance`."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -97,9 +95,7 @@ def norm_failures(
 def backward_failures(dx: Tensor, problem: BackwardProblem, roundings: int = 1) -> list[str]:
     """One line where dx is further from float64 than the rule allows; roundings as in `tolerance`."""
     dtype, k = problem.x.dtype, problem.x.shape[1]
-    wide = {
-        name: None if (one := getattr(problem, name)) is None else one.double()
-        for name in ("dh", "x", "weight", "mean", "rstd", "dt")
-    }
-    exact = reference.backward(replace(problem, **wide))
+    given = (problem.dh, problem.x, problem.weight, problem.mean, problem.rstd)
+    dt = None if problem.dt is None else problem.dt.double()
+    exact = reference.backward(BackwardProblem(*(one.double() for one in given), dt))
     return deviations("dx", dx, exact, dtype, operands=dtype, terms=k, roundings=roundings)

@@ -103,14 +103,14 @@ class _Trial:
     """A random problem of the direction and the shape at hand."""
 
     def __init__(self, problem: Problem | BackwardProblem) -> None:
-        x = problem.x
+        x, (m, k) = problem.x, problem.x.shape
         self.device = x.device
         self.problem: Problem | BackwardProblem
         if isinstance(problem, Problem):
-            self.problem = check.random_problem(*x.shape, x.dtype, x.device, eps=problem.eps)
+            self.problem = check.random_problem(m, k, x.dtype, x.device, eps=problem.eps)
         else:
             adds = problem.dt is not None
-            self.problem = check.random_backward_problem(*x.shape, x.dtype, x.device, adds=adds)
+            self.problem = check.random_backward_problem(m, k, x.dtype, x.device, adds=adds)
 
     def run(self, implementation: Implementation) -> None:
         self._results(implementation)

@@ -151,7 +151,7 @@ def _backward(ctx, dh, *_without_gradient):
 
 def _gradients(ctx, dh: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
     """For the gradients of h and of x beside it, None for none, those of the operator's arguments."""
-    return input_gradient(dh, *ctx.saved_tensors, dx, ctx.backend), *[None] * 8
+    return input_gradient(dh, dx, ctx.backend, *ctx.saved_tensors), *[None] * 8
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

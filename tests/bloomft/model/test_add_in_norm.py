@@ -71,8 +71,8 @@ def test_a_gradient_of_a_residual_that_is_left_out_is_seen(monkeypatch):
     expected = step(with_backend(by_kernels(), "aten"))
     shipped = operator.input_gradient
 
-    def without_dt(dh, x, weight, mean, rstd, dt, backend):
-        return shipped(dh, x, weight, mean, rstd, None, backend)
+    def without_dt(dh, dt, *others):
+        return shipped(dh, None, *others)
 
     for module in (operator, other):
         with monkeypatch.context() as patch:
@@ -174,17 +174,19 @@ def test_compiled_blocks_do_not_use_it(mode, calls):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("target", ["query_key_value", "dense"])
 @pytest.mark.parametrize(
-    ("backend", "dtype", "expected"),
+    ("target", "backend", "dtype", "expected"),
     [
-        ("auto", torch.float32, True),
-        ("triton", torch.float32, True),
+        ("query_key_value", "auto", torch.float32, True),
+        ("query_key_value", "triton", torch.float32, True),
+        ("query_key_value", "aten", torch.float32, False),
+        ("query_key_value", "reference", torch.float32, False),
         # beside parameters in float32
-        ("auto", torch.bfloat16, False),
+        ("query_key_value", "auto", torch.bfloat16, False),
+        ("dense", "auto", torch.float32, True),
     ],
 )
-def test_on_a_gpu_it_is_used_whatever_is_adapted(backend, dtype, expected, target):
+def test_on_a_gpu_the_backend_decides(target, backend, dtype, expected):
     block = with_backend(with_trained_adapters(tiny_model(), target=target), backend).transformer.h[0]
     hidden = SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda"))
     assert block._adds_in_norm(hidden) is expected
