@@ -97,5 +97,5 @@ def backward_failures(dx: Tensor, problem: BackwardProblem, roundings: int = 1) 
     dtype, k = problem.x.dtype, problem.x.shape[1]
     given = (problem.dh, problem.x, problem.weight, problem.mean, problem.rstd)
     dt = None if problem.dt is None else problem.dt.double()
-    exact = reference.backward(BackwardProblem(*(one.double() for one in given), dt))
+    exact = reference.backward(BackwardProblem(*(one.double() for one in given), dt=dt))
     return deviations("dx", dx, exact, dtype, operands=dtype, terms=k, roundings=roundings)
