@@ -96,6 +96,7 @@ def backward_failures(dx: Tensor, problem: BackwardProblem, roundings: int = 1) 
     """One line where dx is further from float64 than the rule allows; roundings as in `tolerance`."""
     dtype, k = problem.x.dtype, problem.x.shape[1]
     given = (problem.dh, problem.x, problem.weight, problem.mean, problem.rstd)
+    dh, x, weight, mean, rstd = (one.double() for one in given)
     dt = None if problem.dt is None else problem.dt.double()
-    exact = reference.backward(BackwardProblem(*(one.double() for one in given), dt=dt))
+    exact = reference.backward(BackwardProblem(dh, x, weight, mean, rstd, dt))
     return deviations("dx", dx, exact, dtype, operands=dtype, terms=k, roundings=roundings)
