@@ -2,6 +2,7 @@
 
 from lorakernels.dispatch import kernel_choices, kernel_report, use_kernel_choices
 from lorakernels.modules import LoRALinear, RowParts
+from lorakernels.ops.add_layer_norm import add_layer_norm
 from lorakernels.ops.alibi_attention import AttentionMask, alibi_attention, alibi_slopes, attention_mask
 from lorakernels.ops.frozen_linear import frozen_linear
 from lorakernels.ops.layer_norm_shrink import layer_norm_shrink
@@ -12,6 +13,7 @@ __all__ = [
     "AttentionMask",
     "LoRALinear",
     "RowParts",
+    "add_layer_norm",
     "alibi_attention",
     "alibi_slopes",
     "attention_mask",

@@ -190,6 +190,7 @@ MUTATIONS = {
     "loss": ("linear_cross_entropy", scaled, dense_items.check_loss, {"dtype": "fp32"}),
     "frozen": ("frozen_linear", scaled, dense_items.check_frozen, {"dtype": "bf16"}),
     "norm": ("layer_norm_shrink", scaled_first, dense_items.check_norm, {"dtype": "bf16"}),
+    "sum": ("add_layer_norm", scaled_first, dense_items.check_sum, {"dtype": "bf16"}),
     "model": ("alibi_attention", only_tensors, model_items.check_model, MODEL),
     "labels": ("ignore_first_labels", ignoring_documents, model_items.check_model, MODEL),
 }

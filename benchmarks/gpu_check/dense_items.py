@@ -1,4 +1,4 @@
-"""linear_cross_entropy, frozen_linear and layer_norm_shrink against float64."""
+"""linear_cross_entropy, frozen_linear and the layer norms with more in them against float64."""
 
 from dataclasses import replace
 from types import ModuleType
@@ -10,7 +10,9 @@ from torch.nn.functional import gelu, layer_norm, linear
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.lora_items import DTYPES, precision
 from benchmarks.gpu_check.pool import Item, Setting
-from lorakernels import frozen_linear, layer_norm_shrink, linear_cross_entropy
+from lorakernels import add_layer_norm, frozen_linear, layer_norm_shrink, linear_cross_entropy
+from lorakernels.ops.add_layer_norm import check as sum_check
+from lorakernels.ops.add_layer_norm import implementations as sum_implementations
 from lorakernels.ops.layer_norm_shrink import check as norm_check
 from lorakernels.ops.layer_norm_shrink import implementations as norm_implementations
 from lorakernels.ops.linear_cross_entropy import aten, check
@@ -29,11 +31,12 @@ def first() -> list[Item]:
 
 
 def rest() -> list[Item]:
-    """The loss's own implementations at odd sizes, the frozen linear layer, the layer norm with a shrink."""
+    """The loss's own implementations at odd sizes, the frozen linear layer, the layer norms."""
     return [
         *(Item(f"linear_cross_entropy, odd sizes, {d}", check_odd_loss, {"dtype": d}) for d in DTYPES),
         *(Item(f"frozen_linear, {dtype}", check_frozen, {"dtype": dtype}) for dtype in DTYPES),
         *(Item(f"layer_norm_shrink, {dtype}", check_norm, {"dtype": dtype}) for dtype in DTYPES),
+        *(Item(f"add_layer_norm, {dtype}", check_sum, {"dtype": dtype}) for dtype in DTYPES),
     ]
 
 
@@ -147,6 +150,29 @@ def check_norm(findings: Findings, setting: Setting, dtype: str) -> None:
         dh = torch.randn_like(h)
         (dx,), (right,) = torch.autograd.grad(h, leaf, dh), torch.autograd.grad(exact, wide, dh.double())
         findings.compare(f"{m}x{k} r={rank}: dx", dx, right, dx.dtype, operands=dx.dtype, terms=k)
+
+
+def check_sum(findings: Findings, setting: Setting, dtype: str) -> None:
+    """Every implementation of both directions, and the operator's gradient of both that are added."""
+    shapes = setting.pick(((8192, 2048), (333, 517), (77, 16_384), (1, 33)), ((40, 48), (13, 51)))
+    for m, k in shapes:
+        problem = sum_check.random_problem(m, k, DTYPES[dtype], setting.device)
+        for name in ("reference", "aten", "triton"):
+            run = sum_implementations.select(problem, name)
+            wrong = sum_check.failures(run.forward(problem), problem)
+            for adds in (True, False):
+                back = sum_check.random_backward_problem(m, k, DTYPES[dtype], setting.device, adds=adds)
+                wrong += sum_check.backward_failures(run.backward(back), back, run.roundings)
+            findings.faults += [f"{m}x{k}, {name}: {line}" for line in wrong]
+        leaves = [one.clone().requires_grad_() for one in (problem.x, problem.residual)]
+        parameters = (problem.weight, problem.bias, problem.eps)
+        results = add_layer_norm(*leaves, *parameters, backend="triton")
+        incoming = [torch.randn_like(one) for one in results]
+        t = results[0].detach().double().requires_grad_()
+        h = layer_norm(t, [k], problem.weight.double(), problem.bias.double(), problem.eps)
+        (exact,) = torch.autograd.grad([t, h], t, [one.double() for one in incoming])
+        for name, dx in zip(("dx", "dresidual"), torch.autograd.grad(results, leaves, incoming), strict=True):
+            findings.compare(f"{m}x{k}: {name}", dx, exact, dx.dtype, operands=dx.dtype, terms=k)
 
 
 def make_loss_problem(

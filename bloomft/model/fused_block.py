@@ -14,7 +14,14 @@ from transformers.cache_utils import Cache
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomBlock, BloomGelu, BloomMLP
 
 from bloomft.model.plain_modules import is_plain
-from lorakernels import AttentionMask, LoRALinear, alibi_attention, frozen_linear, layer_norm_shrink
+from lorakernels import (
+    AttentionMask,
+    LoRALinear,
+    add_layer_norm,
+    alibi_attention,
+    frozen_linear,
+    layer_norm_shrink,
+)
 
 
 class FusedInputs(NamedTuple):
@@ -24,6 +31,7 @@ class FusedInputs(NamedTuple):
     mask: AttentionMask | None  # of the rows' documents; None for queries that follow cached keys
     recompute_input: Callable[[], Tensor] | None = None  # of attention, in backward; None: saved instead
     shrunk: tuple[Tensor, Tensor] | None = None  # of attention's input, see `lora_linear`
+    adds_residual: bool = True  # whether attention adds the residual to its output; else the block does
 
 
 class FusedBloomAttention(BloomAttention):
@@ -65,6 +73,8 @@ class FusedBloomAttention(BloomAttention):
         context = alibi_attention(query, key, value, alibi.slopes, mask=alibi.mask)
         context = context.transpose(1, 2).flatten(2)  # [B, T, H]
         output = nn.functional.dropout(self.dense(context), self.hidden_dropout, self.training)
+        if not alibi.adds_residual:
+            return output, None
         return _add_residual(self.dense, output, residual), None
 
     def is_fusable(self) -> bool:
@@ -81,7 +91,9 @@ class FusedBloomAttention(BloomAttention):
 class FusedBloomBlock(BloomBlock):
     """BLOOM's block; the layer norm before query_key_value is recomputed in backward, not saved.
 
-    On a GPU that layer norm and the first product of an adapted query_key_value are one operator.
+    On a GPU that layer norm and the first product of an adapted query_key_value are one operator, and so are
+    attention's residual addition and the layer norm after it; the gradient of each layer norm is added to
+    that of the residual by the kernel that makes it.
 
     Attributes:
         checkpoint: what runs all that follows attention, so that backward computes it again; None to save it.
@@ -100,18 +112,23 @@ class FusedBloomBlock(BloomBlock):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As `BloomBlock.forward`; fused when ``alibi`` is a `FusedInputs`."""
-        norm, normed = self.input_layernorm, None
-        # A compiler decides for itself what to save.
-        if isinstance(alibi, FusedInputs) and is_plain(norm, nn.LayerNorm) and not is_compiling():
-            alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
+        norm, normed, residual = self.input_layernorm, None, hidden_states
+        adds_in_norm = False
+        # A compiler decides for itself what to save, and fuses what it saves.
+        if isinstance(alibi, FusedInputs) and not is_compiling():
+            if is_plain(norm, nn.LayerNorm):
+                alibi = alibi._replace(recompute_input=functools.partial(norm.forward, hidden_states))
             if self._shrinks_in_norm(hidden_states):
-                normed, shrunk = self._norm_and_shrink(hidden_states)
-                alibi = alibi._replace(shrunk=shrunk)
+                normed, s, seed, residual = self._norm_and_shrink(hidden_states)
+                alibi = alibi._replace(shrunk=(s, seed))
+            # for one token the number of launches counts, and an operator in Python makes each slower
+            adds_in_norm = layer_past is None and self._adds_in_norm(hidden_states)
+            alibi = alibi._replace(adds_residual=not adds_in_norm)
         if normed is None:
             normed = norm(hidden_states)
         output, weights = self.self_attention(
             normed,
-            normed if self.apply_residual_connection_post_layernorm else hidden_states,
+            normed if self.apply_residual_connection_post_layernorm else residual,
             alibi=alibi,
             attention_mask=attention_mask,
             layer_past=layer_past,
@@ -120,30 +137,55 @@ class FusedBloomBlock(BloomBlock):
         )
         # else it would take memory for as long as the block runs
         del normed
-        if self.checkpoint is None or not self.training:
-            return self._feed_forward(output), weights
-        return self.checkpoint(self._feed_forward, output), weights
+        run = self._feed_forward
+        if self.checkpoint is not None and self.training:
+            run = functools.partial(self.checkpoint, run)
+        return run(output, residual if adds_in_norm else None), weights
 
-    def _feed_forward(self, hidden: Tensor) -> Tensor:
-        """All that follows attention."""
-        normed = self.post_attention_layernorm(hidden)
+    def _feed_forward(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        """All that follows attention, whose output is hidden; residual is what is yet to be added to it."""
+        norm = self.post_attention_layernorm
+        if residual is None:
+            normed = norm(hidden)
+        else:
+            backend = self._norm_backend()
+            hidden, normed = add_layer_norm(
+                hidden, residual, norm.weight, norm.bias, norm.eps, backend=backend
+            )
         return self.mlp(normed, normed if self.apply_residual_connection_post_layernorm else hidden)
 
     def _shrinks_in_norm(self, hidden_states: Tensor) -> bool:
-        """Whether `layer_norm_shrink` may stand for the input's layer norm, which is plain.
+        """Whether `layer_norm_shrink` may stand for the input's layer norm."""
+        attention = self.self_attention
+        return (
+            is_plain(attention, FusedBloomAttention)
+            and is_plain(cast(nn.Module, attention.query_key_value), LoRALinear)
+            and self._is_fusable(self.input_layernorm, hidden_states)
+        )
+
+    def _adds_in_norm(self, hidden_states: Tensor) -> bool:
+        """Whether `add_layer_norm` may stand for attention's residual addition and the norm after it.
+
+        Not where attention's input is the residual: with a checkpoint it would have to be saved.
+        """
+        return (
+            not self.apply_residual_connection_post_layernorm
+            and is_plain(self.self_attention, FusedBloomAttention)
+            and self._is_fusable(self.post_attention_layernorm, hidden_states)
+        )
+
+    def _is_fusable(self, norm: nn.LayerNorm, hidden_states: Tensor) -> bool:
+        """Whether an operator with more in it may stand for a layer norm.
 
         Not on a CPU, where there is nothing to gain; not where a hook may change or replace what the layer
         norm hands on, nor under autocast, where it is in float32.
         """
-        attention, norm = self.self_attention, self.input_layernorm
-        layer = cast(nn.Module, attention.query_key_value)
-        # a forced Triton runs on a CPU too, interpreted
-        if not (hidden_states.is_cuda or (type(layer) is LoRALinear and layer.backend == "triton")):
-            return False
+        backend = self._norm_backend()
         return (
-            is_plain(layer, LoRALinear)
-            and layer.backend in ("auto", "triton")
-            and is_plain(attention, FusedBloomAttention)
+            # a forced Triton runs on a CPU too, interpreted
+            (hidden_states.is_cuda or backend == "triton")
+            and backend in ("auto", "triton")
+            and is_plain(norm, nn.LayerNorm)
             and norm.weight is not None
             and norm.bias is not None
             and _is_frozen(norm.weight, norm.bias)
@@ -151,10 +193,15 @@ class FusedBloomBlock(BloomBlock):
             and not torch.is_autocast_enabled(hidden_states.device.type)
         )
 
-    def _norm_and_shrink(self, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The layer norm of the input, and the shrink of query_key_value with its seed."""
+    def _norm_backend(self) -> str:
+        """The backend of what stands for layer norms: that of query_key_value's adapter, where it has one."""
+        layer = cast(nn.Module, self.self_attention.query_key_value)
+        return layer.backend if isinstance(layer, LoRALinear) else "auto"
+
+    def _norm_and_shrink(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """The layer norm of the input, the shrink of query_key_value, its seed, and the input."""
         norm, layer = self.input_layernorm, cast(LoRALinear, self.self_attention.query_key_value)
-        normed, s, seed = layer_norm_shrink(
+        return layer_norm_shrink(
             hidden_states,
             norm.weight,
             norm.bias,
@@ -165,8 +212,8 @@ class FusedBloomBlock(BloomBlock):
             training=layer.training,
             backend=layer.backend,
             seed=layer.dropout_seed,
+            return_x=True,
         )
-        return normed, (s, seed)
 
 
 class FusedBloomMLP(BloomMLP):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakernels import layer_norm_shrink, linear_cross_entropy, lora_linear
+from lorakernels import add_layer_norm, layer_norm_shrink, linear_cross_entropy, lora_linear
 from lorakernels.aot.chips import Chip
 from lorakernels.ops.lora_linear.implementations import is_aligned
 from lorakernels.ops.lora_linear.triton.tiles import shipped_gemms
@@ -46,6 +46,8 @@ _ROLES = {
     "lora_linear_backward_kernel": "adapter_grad dS dB",
     "lora_linear_sum_kernel": "adapter_grad over rows",
     "layer_norm_shrink_kernel": "layer norm and shrink",
+    "add_layer_norm_forward_kernel": "addition and layer norm",
+    "add_layer_norm_backward_kernel": "layer norm gradient",
     "linear_cross_entropy_forward_kernel": "cross entropy forward",
     "linear_cross_entropy_backward_kernel": "cross entropy weight gradient",
 }
@@ -104,6 +106,28 @@ class _Norm:
 
 
 @dataclass(frozen=True)
+class _Sum:
+    """A residual addition with the layer norm of the sum, of a dtype (a key of DTYPES) and sizes M and K.
+
+    adds: whether the gradient of the sum is added to that of the layer norm.
+    """
+
+    dtype: str
+    sizes: tuple[int, int]
+    adds: bool
+
+    def __call__(self, trace: Trace) -> None:
+        (m, k), dtype = self.sizes, DTYPES[self.dtype][0]
+        x, residual = _empty(dtype, m, k, trained=True), _empty(dtype, m, k)
+        with trace.recording("forward"):
+            t, h = add_layer_norm(x, residual, _empty(dtype, k), _empty(dtype, k), 1e-5)
+        results = [t, h] if self.adds else [h]
+        gradients = [torch.empty_like(one) for one in results]
+        with trace.recording("backward"):
+            torch.autograd.backward(results, gradients)
+
+
+@dataclass(frozen=True)
 class _Loss:
     """The cross entropy of a trained head; trained: whether hidden is, too."""
 
@@ -131,6 +155,7 @@ def launches(chip: Chip, dtype: str, *, everything: bool = True) -> list[Launch]
         launches = [
             *_layers(chip, dtype, everything),
             *_norms(chip, dtype, everything),
+            *_sums(chip, dtype, everything),
             *_losses(chip, dtype),
         ]
         return list(dict.fromkeys(launches))
@@ -174,6 +199,16 @@ def _norms(chip: Chip, dtype: str, everything: bool) -> Iterator[Launch]:
             yield Launch(_role(call, direction, False) + shape, f"rank {rank}", call)
 
 
+def _sums(chip: Chip, dtype: str, everything: bool) -> Iterator[Launch]:
+    for shape, adds in itertools.product(SIZES, (True, False)):
+        if (shape == ODD or not adds) and not everything:
+            continue
+        m, _, k = SIZES[shape]
+        for _, call in _calls(chip, "triton", _Sum(dtype, (m, k), adds)):
+            alone = not dict(call.arguments).get("ADD", True)
+            yield Launch(f"{_ROLES[call.name]}{' alone' if alone else ''}{shape}", "row", call)
+
+
 def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:
     for shape, trained in itertools.product(LOSS_SIZES, (True, False)):
         for _, call in _calls(chip, "", _Loss(dtype, LOSS_SIZES[shape], trained)):
@@ -181,7 +216,7 @@ def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:
             yield Launch(f"{_ROLES[call.name]}{'' if gradient else ' without gradient'}{shape}", "row", call)
 
 
-def _calls(chip: Chip, backend: str, run: _Layer | _Norm | _Loss) -> Iterator[tuple[str, KernelCall]]:
+def _calls(chip: Chip, backend: str, run: _Layer | _Norm | _Sum | _Loss) -> Iterator[tuple[str, KernelCall]]:
     """The passes and kernel calls of run on that chip, in order."""
     reads = {"nonzero": len, "tolist": lambda _: [0, 1]}
     trace = trace_case(Case("compiled", f"lorakernels:{backend}", run, reads), chip)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lorakernels import (
+    add_layer_norm,
     alibi_attention,
     alibi_slopes,
     attention_mask,
@@ -24,7 +25,7 @@ LOSS_READS = {"nonzero": len, "tolist": lambda _: [0, VOCABULARY - 1]}
 
 
 def cases() -> Iterator[Case]:
-    """The layer, the loss and attention, by every implementation for CUDA; the frozen layer beside."""
+    """The layer, the loss, attention and layer norms, by every implementation for CUDA; a frozen layer."""
     for rank in RANKS:
         yield Case(layer_name(rank), "frozen", _frozen)
         for backend in ("aten", "triton", "triton:vendor"):
@@ -33,6 +34,8 @@ def cases() -> Iterator[Case]:
     yield Case(loss, "lorakernels:triton", _loss, LOSS_READS)
     attention = f"alibi_attention B={BATCH} heads={HEADS} T={LENGTH} D={WIDTH} bfloat16"
     yield Case(attention, "lorakernels:triton", _attention)
+    for backend in ("aten", "triton"):
+        yield Case(f"add_layer_norm M={M} K={K} bfloat16", f"lorakernels:{backend}", _add_layer_norm)
 
 
 def layer_name(rank: int) -> str:
@@ -62,6 +65,15 @@ def _layer(rank: int) -> Callable[[Trace], None]:
         forward_and_backward(trace, lambda: lora_linear(x, weight, bias, lora_a, lora_b, SCALE))
 
     return run
+
+
+def _add_layer_norm(trace: Trace) -> None:
+    x, residual = empty(M, K, trained=True), empty(M, K)
+    with trace.recording("forward"):
+        results = add_layer_norm(x, residual, empty(K), empty(K), 1e-5)
+    gradients = [torch.empty_like(one) for one in results]
+    with trace.recording("backward"):
+        torch.autograd.backward(results, gradients)
 
 
 def _frozen(trace: Trace) -> None:

@@ -98,6 +98,15 @@ def _layer_norm_shrink(call: _Call) -> _Cost:
     return read, call.bytes("h", "s", "mean", "rstd"), parts * call.products(call["M"], call["K"])
 
 
+def _add_layer_norm(call: _Call) -> _Cost:
+    return call.bytes("x", "residual", "weight", "bias"), call.bytes("t", "h", "mean", "rstd"), 0
+
+
+def _add_layer_norm_backward(call: _Call) -> _Cost:
+    read = call.bytes("dh", "x", "weight", "mean", "rstd") + (call.bytes("dt") if call["ADD"] else 0)
+    return read, call.bytes("dx"), 0
+
+
 def _softmax(call: _Call) -> _Cost:
     # without counting rows whose maximum rises so far that they are scaled down
     read, written = call.bytes("logits", "labels"), call.bytes("losses", "statistics")
@@ -118,6 +127,8 @@ COSTS: dict[str, Callable[[_Call], _Cost]] = {
     "lora_linear_backward_kernel": _one_pass,
     "lora_linear_sum_kernel": _sum,
     "layer_norm_shrink_kernel": _layer_norm_shrink,
+    "add_layer_norm_forward_kernel": _add_layer_norm,
+    "add_layer_norm_backward_kernel": _add_layer_norm_backward,
     "linear_cross_entropy_forward_kernel": _softmax,
     "linear_cross_entropy_backward_kernel": _softmax_again,
 }

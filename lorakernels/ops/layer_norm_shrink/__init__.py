@@ -1,14 +1,16 @@
 """A layer norm and the shrink of the LoRA linear after it, S = scale·drop(h)·Aᵀ, as one operator.
 
 On a GPU one kernel makes both, in the time of the layer norm alone. The operator is differentiable in x
-through h; S is not: `lora_linear`, which is given both, accounts for S in its own gradients.
+through h; S is not: `lora_linear`, which is given both, accounts for S in its own gradients. The backward
+pass is `add_layer_norm`'s, and adds the gradient of a residual connection that begins at x.
 """
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from lorakernels.ops.add_layer_norm import check_norm, input_gradient
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
-from lorakernels.ops.layer_norm_shrink import aten
 from lorakernels.ops.layer_norm_shrink.implementations import select
 from lorakernels.ops.layer_norm_shrink.reference import Problem
 from lorakernels.ops.lora_linear import check_options, draw_seed, given_seed, seed_shape
@@ -31,7 +33,8 @@ def layer_norm_shrink(
     training: bool = True,
     backend: str = "auto",
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_x: bool = False,
+) -> tuple[Tensor, ...]:
     """A frozen layer norm (Ba et al. 2016, arXiv:1607.06450) and what a LoRA linear after it begins with.
 
     ``h, s, seed = layer_norm_shrink(x, ...)`` and ``lora_linear(h, ..., shrunk=(s, seed))`` with the same
@@ -52,53 +55,48 @@ def layer_norm_shrink(
             others force one. "triton" needs a GPU, or CPU tensors under TRITON_INTERPRET=1, and leaves ranks
             above 128 to torch.
         seed: as in `lora_linear`.
+        return_x: return x too, for a residual connection to begin at: the gradient that comes back through
+            it is added to that of the layer norm in float32, by one kernel.
+            Under autocast or torch.compile it is the given x itself.
 
     Returns:
         h [..., K], the layer norm in x's dtype (under autocast in autocast's), differentiable in x; S [M, r],
         scale * dropout(h) @ lora_a.T of h's M rows in float32 (float64 for float64), made of h as it
-        is returned; the dropout's seed, int64 [1], or [0] without dropout. S and seed have no gradient.
+        is returned; the dropout's seed, int64 [1], or [0] without dropout; with return_x also x, a view that
+        must not be changed in place. S and seed have no gradient. Differentiable once.
 
     Raises:
         ValueError: a shape, device, eps, probability, scale or backend that does not fit, or a norm_weight or
             norm_bias that asks for a gradient. TypeError: a dtype that does not fit.
     """
+    given = x
     x, norm_weight, norm_bias = cast_for_autocast(x, norm_weight, norm_bias)
     if lora_a.dtype != torch.float32:
         (lora_a,) = cast_for_autocast(lora_a)
-    _check_tensors(x, norm_weight, norm_bias, lora_a)
+    check_norm(x, {"norm_weight": norm_weight, "norm_bias": norm_bias}, eps)
+    _check_factor(lora_a, x)
     check_options(scale, dropout_p, backend, BACKENDS)
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
     p = float(dropout_p) if training else 0.0
     seed = given_seed(seed, p, x.device)
     # detached, or h would ask for a gradient wherever lora_a does
-    h, s, drawn, _, _ = _forward_op(
-        x, norm_weight, norm_bias, float(eps), lora_a.detach(), float(scale), p, backend, seed
-    )
-    return h, s, drawn if seed is None else seed
+    arguments = (x, norm_weight, norm_bias, float(eps), lora_a.detach(), float(scale), p, backend, seed)
+    if return_x and x is given and not is_compiling():
+        given, h, s, drawn, _, _ = _WithInput.apply(*arguments)
+    else:
+        h, s, drawn, _, _ = _forward_op(*arguments)
+    seed = drawn if seed is None else seed
+    return (h, s, seed, given) if return_x else (h, s, seed)
 
 
-def _check_tensors(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, lora_a: Tensor) -> None:
-    if x.ndim < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x: expected shape [..., K] with K >= 1, got {list(x.shape)}")
+def _check_factor(lora_a: Tensor, x: Tensor) -> None:
     k = x.shape[-1]
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if list(tensor.shape) != [k]:
-            raise ValueError(f"{name}: expected shape {[k]}, got {list(tensor.shape)}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.requires_grad:
-            raise ValueError(f"{name}: expected a frozen tensor, got one with requires_grad=True")
     if lora_a.ndim != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] != k:
         raise ValueError(f"lora_a: expected shape [r, {k}] with r >= 1, got {list(lora_a.shape)}")
     wider = accumulation_dtype(x.dtype)
     if lora_a.dtype not in (x.dtype, wider):
         raise TypeError(f"lora_a: expected {x.dtype} or {wider}, got {lora_a.dtype}")
-    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("lora_a", lora_a)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    if lora_a.device != x.device:
+        raise ValueError(f"lora_a: expected x's device {x.device}, got {lora_a.device}")
 
 
 # tagged as lora_linear's forward is, since it draws the seed
@@ -139,16 +137,35 @@ def _(x, norm_weight, norm_bias, eps, lora_a, scale, dropout_p, backend, seed=No
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, norm_weight, norm_bias, *_ = inputs
-    _, s, seed, mean, rstd = output
+    x, norm_weight, *_ = inputs
+    ctx.backend = inputs[7]
+    *_, s, seed, mean, rstd = output
     ctx.mark_non_differentiable(s, seed, mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd)
+    ctx.save_for_backward(x, norm_weight, mean, rstd)
 
 
 def _backward(ctx, dh, *_without_gradient):
-    dx = None if dh is None else aten.backward(dh, *ctx.saved_tensors)
-    return dx, None, None, None, None, None, None, None, None
+    return _gradients(ctx, dh, None)
+
+
+def _gradients(ctx, dh: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For the gradients of h and of x beside it, None for none, those of the operator's arguments."""
+    return input_gradient(dh, dx, ctx.backend, *ctx.saved_tensors), *[None] * 8
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _WithInput(torch.autograd.Function):
+    """x and what the operator makes of it: an operator of torch.library may not return what it is given."""
+
+    @staticmethod
+    def forward(x: Tensor, *others):
+        return x.view_as(x), *_forward_op(x, *others)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx, dx, dh, *_without_gradient):
+        return _gradients(ctx, dh, dx)

@@ -9,16 +9,15 @@ from torch import Tensor
 from lorakernels import dispatch
 from lorakernels.dispatch import Implementation
 from lorakernels.installed import has_triton
+from lorakernels.ops.add_layer_norm import implementations as norms
 from lorakernels.ops.layer_norm_shrink import aten, check, reference
 from lorakernels.ops.layer_norm_shrink.reference import Problem, Results
 from lorakernels.ops.lora_linear.implementations import CHECKED_SUMS, check_triton
 
-REFERENCE = Implementation("reference", reference.forward, aten.backward)
-ATEN = Implementation("aten", aten.forward, aten.backward)
+# which backward pass follows is chosen apart, among those of the layer norm
+REFERENCE = Implementation("reference", reference.forward, norms.REFERENCE.backward)
+ATEN = Implementation("aten", aten.forward, norms.ATEN.backward)
 
-
-# Of x for a measurement on a GPU: they are read and written in 2 us at 4.26 TB/s, less than a launch takes.
-LEAST_ELEMENTS = 2**21
 # of the kernel, which has registers for so many sums of a row
 LARGEST_RANK = 128
 
@@ -30,7 +29,7 @@ def _fused(problem: Problem) -> Results:
     return triton.forward(problem)
 
 
-TRITON = Implementation("triton", _fused, aten.backward)
+TRITON = Implementation("triton", _fused, norms.TRITON.backward)
 
 
 def select(problem: Problem, backend: str) -> Implementation:
@@ -49,7 +48,7 @@ def select(problem: Problem, backend: str) -> Implementation:
     forced = backend != "auto"
     chosen = (_named(x, rank, backend),) if forced else candidates(x, rank)
     # a CPU has nothing to choose from, and a small one takes no longer than its launch
-    if x.is_cpu or x.numel() < LEAST_ELEMENTS:
+    if x.is_cpu or x.numel() < norms.LEAST_ELEMENTS:
         return chosen[0]
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     described = _described(

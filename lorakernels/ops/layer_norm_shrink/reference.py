@@ -12,11 +12,10 @@ h is rounded to x's dtype before it is multiplied, since that is the h that the 
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from lorakernels.ops.add_layer_norm.reference import layer_norm
 from lorakernels.ops.lora_linear.reference import keep_mask, shrink
-from lorakernels.tolerance import accumulation_dtype
 
 # h [M, K] in x's dtype; S [M, r], mean [M, 1] and rstd [M, 1] in `accumulation_dtype`
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -49,10 +48,8 @@ class Problem:
 
 def forward(problem: Problem) -> Results:
     """h, S, mean and rstd, all computed in `accumulation_dtype`."""
-    x = problem.x.to(accumulation_dtype(problem.x.dtype))
-    mean = x.mean(1, keepdim=True)
-    rstd = ((x - mean).square().mean(1, keepdim=True) + problem.eps).rsqrt()
-    h = torch.addcmul(problem.norm_bias, (x - mean) * rstd, problem.norm_weight).to(problem.x.dtype)
+    normed, mean, rstd = layer_norm(problem.x, problem.norm_weight, problem.norm_bias, problem.eps)
+    h = normed.to(problem.x.dtype)
     s = shrink(h, problem.lora_a, problem.scale, problem.dropout_p, kept_inputs(problem))
     return h, s, mean, rstd
 

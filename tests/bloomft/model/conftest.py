@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import os
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from bloomft.model.patch import adapted_layers, adapter_state, patch_bloom, unpa
 from lorakernels.tolerance import relative_error
 from tests.bloomft.conftest import tiny_model
 
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels on CPU tensors"
+)
 SHAPES = {
     "plain": {},
     "post_layernorm": {"apply_residual_connection_post_layernorm": True},
@@ -41,6 +45,21 @@ def plain_twin(patched: BloomForCausalLM) -> BloomForCausalLM:
     for layer in adapted_layers(twin).values():
         layer.weight.data += layer.scale * (layer.full_lora_b() @ layer.lora_a)
     return unpatch_bloom(twin).float()
+
+
+def with_backend(model, backend: str):
+    for layer in adapted_layers(model).values():
+        layer.backend = backend
+    return model
+
+
+def step(model) -> list[torch.Tensor]:
+    """The loss and the gradients of all adapters, under one dropout mask."""
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = tokens(2, 17)
+    torch.manual_seed(0)
+    loss = model(ids, labels=ids).loss
+    return [loss.detach(), *torch.autograd.grad(loss, adapters)]
 
 
 class CountCalls(TorchDispatchMode):

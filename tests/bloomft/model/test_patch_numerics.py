@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from benchmarks.interpreter import correct_bfloat16
 from bloomft.model.patch import adapted_layers, patch_bloom
 from lorakernels.tolerance import relative_error
 from tests.bloomft.conftest import tiny_model
+from tests.bloomft.model.conftest import interpreted, with_backend
 from tests.bloomft.peft_models import with_peft
 
 RANK, SCALE, TOKENS = 4, 2.0, 48
@@ -88,17 +88,16 @@ def test_gradients_are_as_near_to_float64_as_the_dtype_allows(dtype, masked):
         assert gradient_failures(dtype, ours, exact, rounded) == []
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels on CPU tensors")
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_so_are_those_with_the_shrink_in_the_layer_norm(dtype, monkeypatch):
+def test_so_are_those_of_the_kernels(dtype, monkeypatch):
+    """Those in which layer norms make a shrink, add a residual and add its gradient."""
     correct_bfloat16()
     shipped = patched
 
     def by_kernels(model, values):
         model, parameters = shipped(model, values)
-        for layer in adapted_layers(model).values():
-            layer.backend = "triton"
-        return model, parameters
+        return with_backend(model, "triton"), parameters
 
     monkeypatch.setattr(sys.modules[__name__], "patched", by_kernels)
     for seed in range(2):

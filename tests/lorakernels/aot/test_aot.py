@@ -60,6 +60,9 @@ def test_every_kernel_is_compiled_at_every_rank_and_for_ragged_rows(records):
     for role in ("shrink", "adapter_grad over rows", "layer norm and shrink"):
         for shape in ("", ", ragged"):
             assert compiled(f"{role} with dropout{shape}") == ranks(16, 64)
+    for role in ("addition and layer norm", "layer norm gradient"):
+        for shape in ("", ", ragged"):
+            assert compiled(f"{role}{shape}") == {(arch, "row") for arch in ARCHS}
     for role in ("forward", "dx", "dx with dropout"):
         assert {arch for arch, _ in compiled(role)} == ARCHS
         assert compiled(f"{role}, ragged") < compiled(role)

@@ -11,7 +11,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.baselines.cross_entropy import full_logits
-from lorakernels import cpu_gemm, frozen_linear, layer_norm_shrink, linear_cross_entropy, lora_linear
+from lorakernels import (
+    add_layer_norm,
+    cpu_gemm,
+    frozen_linear,
+    layer_norm_shrink,
+    linear_cross_entropy,
+    lora_linear,
+)
 from lorakernels.ops.linear_cross_entropy import aten as loss_in_aten
 from lorakernels.ops.lora_linear import implementations
 from lorakernels.ops.lora_linear.problem import Problem
@@ -129,6 +136,37 @@ def test_layer_norm_shrink(backend, chosen, dtype, dropout_p, device):
             for one, at, dy in ((h, leaf, dh), (exact_h, exact, dh.double()))
         ]
         assert_close(gradients[:1], gradients[1:], BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
+@settings(max_examples=40, **REPEATABLE)
+@given(
+    chosen=st.fixed_dictionaries(
+        dict.fromkeys(("residual", "weight", "bias", "dt", "dh"), layouts)
+        # a row of one value has no variance, and its gradient is rounding alone
+        | {"x": st.sampled_from([name for name in LAYOUTS if name != "one column expanded"])}
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_add_layer_norm(backend, chosen, dtype, device):
+    names = ("x", "residual", "weight", "bias", "dt", "dh")
+    x, residual, weight, bias, dt, dh = (
+        LAYOUTS[chosen[name]](
+            normal(
+                *((40,) if name in ("weight", "bias") else (33, 40)), seed=seed, dtype=dtype, device=device
+            )
+        )
+        for seed, name in enumerate(names)
+    )
+    leaves = [x.detach().requires_grad_(), residual.detach().requires_grad_()]
+    results = add_layer_norm(*leaves, weight, bias, 1e-5, backend=backend)
+    # of the sum as it is rounded: what rounding does to small values a layer norm magnifies
+    exact_t = (x + residual).double().requires_grad_()
+    exact_h = torch.nn.functional.layer_norm(exact_t, [40], weight.double(), bias.double(), 1e-5)
+    assert_close(list(results), [exact_t, exact_h], BOUNDS[dtype])
+    gradients = torch.autograd.grad(results, leaves, [dt, dh])
+    exact = torch.autograd.grad([exact_t, exact_h], exact_t, [dt.double(), dh.double()])
+    assert_close(list(gradients), [*exact, *exact], BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("backend", ["reference", "aten", "onednn", "triton"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lorakernels import (
+    add_layer_norm,
     alibi_attention,
     alibi_slopes,
     cpu_gemm,
@@ -34,6 +35,12 @@ def normed_lora(x, weight, bias, lora_a, lora_b, labels):
     return lora_linear(h, weight.detach(), bias, lora_a, lora_b, 2.0, shrunk=tuple(shrunk))
 
 
+def added_norm(x, weight, bias, lora_a, lora_b, labels):
+    parameters = weight[0].detach(), weight[1].detach()
+    t, h = add_layer_norm(x, weight[2:26], *parameters, 1e-5)
+    return t + 2 * h
+
+
 def frozen(x, weight, bias, lora_a, lora_b, labels):
     return frozen_linear(x, weight.detach(), bias, gelu=True)
 
@@ -59,6 +66,7 @@ def few_queries(x, weight, bias, lora_a, lora_b, labels):
 TRAINED = {
     lora: ("x", "lora_a", "lora_b"),
     normed_lora: ("x", "lora_a", "lora_b"),
+    added_norm: ("x", "weight"),
     frozen: ("x",),
     loss: ("x", "weight"),
     attention: ("x", "weight"),

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
-from lorakernels import layer_norm_shrink, lora_linear
+from lorakernels import add_layer_norm, layer_norm_shrink, lora_linear
 from lorakernels.ops.linear_cross_entropy import triton as cross_entropy
 from lorakernels.trace import kernel_costs
 from lorakernels.trace.record import Launch
@@ -94,6 +94,18 @@ def test_the_layer_norm_with_a_shrink(observed, adapter_dtype):
     assert (loaded, stored) == (one.launch.read, one.launch.written)
     parts = 2 if adapter_dtype == torch.float32 else 1
     assert one.launch.flops == parts * 2 * M * K * 16
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_sum_with_its_layer_norm(observed, adds):
+    x, residual, dt, dh = torch.randn(4, M, K).to(torch.bfloat16).unbind()
+    weight, bias = torch.randn(2, K).to(torch.bfloat16).unbind()
+    t, h = add_layer_norm(x.requires_grad_(), residual, weight, bias, 1e-5, backend="triton")
+    torch.autograd.backward(*(([t, h], [dt, dh]) if adds else ([h], [dh])))
+    assert len(observed) == 2
+    for one in observed:
+        loaded, stored = sum(one.loaded.values()), sum(one.stored.values())
+        assert (loaded, stored) == (one.launch.read, one.launch.written), one.launch
 
 
 def test_the_loss(observed):
