@@ -2,7 +2,13 @@
 
 from lorakernels.dispatch import kernel_choices, kernel_report, use_kernel_choices
 from lorakernels.modules import LoRALinear, RowParts
-from lorakernels.ops.alibi_attention import AttentionMask, alibi_attention, alibi_slopes, attention_mask
+from lorakernels.ops.alibi_attention import (
+    AttentionMask,
+    alibi_attention,
+    alibi_slopes,
+    attention_mask,
+    choose_attention_kernels,
+)
 from lorakernels.ops.frozen_linear import frozen_linear
 from lorakernels.ops.layer_norm_shrink import layer_norm_shrink
 from lorakernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -15,6 +21,7 @@ __all__ = [
     "alibi_attention",
     "alibi_slopes",
     "attention_mask",
+    "choose_attention_kernels",
     "frozen_linear",
     "kernel_choices",
     "kernel_report",
