@@ -2,7 +2,7 @@
 
 The mask is made eagerly (of fixed and of varying length), by its operator while a compiler traces, or, the
 mistake that the operator prevents, by its plain operations while a compiler traces. Tensors are fake, kernels
-are written and not compiled, and torch is told that there is an H100: a process of its own, which needs no GPU.
+are written and not compiled, and torch is told that there is an H100: a process of its own, without a GPU.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from torch._functorch import config as functorch
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import config
 from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes import joint_graph, post_grad
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
@@ -148,7 +149,7 @@ def traced_passes(options: dict[str, Any]) -> list[tuple[GraphModule, list[Tenso
     # a row of its own for each of the batch: an index that is a constant could not be lowered by itself
     given = attention_mask(torch.zeros(2, 256, dtype=torch.int64), 2, 256, "cpu")
     parts = [torch.empty(2, 2, 256, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table())
     with (
         patch.object(flex_attention, "_validate_device", lambda *_: None),
         functorch.patch(force_non_lazy_backward_lowering=True),

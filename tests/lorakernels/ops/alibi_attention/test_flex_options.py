@@ -1,4 +1,4 @@
-"""The options of FlexAttention's kernels: chosen, handed on, and in the code that inductor writes for CUDA."""
+"""Options of FlexAttention's kernels: chosen, handed on, and in the code that inductor writes for CUDA."""
 
 import functools
 import json
@@ -148,7 +148,8 @@ def test_inductors_kernels_read_each_rows_own_blocks():
         for name, value in options.items():
             direction, _, name = name.partition("_")
             assert {"fwd": forward, "bwd": backward}[direction][name] == str(value), options
-    assert len({str(both) for both in generated}) == len(generated)
+    # torch's own stand first in both
+    assert len({str(both) for both in generated}) == len(EVERY) - 1
     right = {"stride_kv_num_blks_h": "16", "stride_kv_idx_h": "256"}
     right |= {name.replace("stride_", "stride_full_"): value for name, value in right.items()}
     assert eager == traced == right
