@@ -1,7 +1,7 @@
 """Blocks compiled for the one shape that packed rows have, and beside it for all other shapes."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,11 @@ def compile_blocks(model: BloomForCausalLM, shape: tuple[int, int] | None = None
     constant = torch.compile(_of_constant_shape, dynamic=False, **options)
     varying = torch.compile(_of_varying_shape, **options)
 
-    def call(block: BloomBlock, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+    def call(block: nn.Module, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
         if named.get("layer_past") is not None:
             return block._call_impl(hidden, *arguments, **named)
         if isinstance(named.get("alibi"), FusedInputs):
-            _choose_attention(block.self_attention, hidden)
+            _choose_attention(cast(BloomBlock, block).self_attention, hidden)
         if hidden.shape[:2] == shape:
             return constant(block, hidden, *arguments, **named)
         _mark_as_varying(hidden, named.get("alibi"))
