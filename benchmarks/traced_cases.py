@@ -28,6 +28,7 @@ SIDES: dict[str, Build] = {
     "lorakernels:aten": with_bloomft,
     "lorakernels:triton": with_bloomft,
 }
+CHECKPOINTING: dict[str, bool | str] = {"full": True, "selective": "selective"}
 
 
 def cases() -> Iterator[Case]:
@@ -39,11 +40,14 @@ def cases() -> Iterator[Case]:
         yield Case(name, "peft:bf16", _rival_layer(peft_without_upcast, rank))
     for side, build in SIDES.items():
         yield Case(f"block 1b7 {BATCH}x{LENGTH} bfloat16", side, _block(build))
-    for name, mode in (("full", True), ("selective", "selective")):
+    for name, mode in CHECKPOINTING.items():
         case = f"block 1b7 {BATCH}x{LENGTH} bfloat16, {name} checkpointing"
         yield Case(case, "lorakernels:triton", _block(with_bloomft, mode))
+    step = f"step 1b7 {LAYERS} layers {BATCH}x{LENGTH}"
     for side, build in SIDES.items():
-        yield Case(f"step 1b7 {LAYERS} layers {BATCH}x{LENGTH}", side, _step(build))
+        yield Case(step, side, _step(build))
+    for name, mode in CHECKPOINTING.items():
+        yield Case(f"{step}, {name} checkpointing", "lorakernels:triton", _step(with_bloomft, mode))
 
 
 def _rival_layer(build: Callable, rank: int) -> Callable[[Trace], None]:
@@ -83,11 +87,13 @@ def _block(build: Build, checkpointing: bool | str = False) -> Callable[[Trace],
     return run
 
 
-def _step(build: Build) -> Callable[[Trace], None]:
+def _step(build: Build, checkpointing: bool | str = False) -> Callable[[Trace], None]:
     """Forward, backward, clipping and AdamW of one micro-batch."""
 
     def run(trace: Trace) -> None:
         model = _model(build, LAYERS)
+        if checkpointing:
+            checkpoint_blocks(model, checkpointing, preserve_rng_state=False)
         step = _bloomft_step(model) if build is with_bloomft else _plain_step(model)
         with trace.recording("step"):
             step()

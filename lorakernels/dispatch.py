@@ -5,15 +5,16 @@ problem of its own), every candidate is checked against the operator's definitio
 timed, by the device's own clock on a GPU (`device_timing`), by the host's on a CPU, in rounds that time each
 candidate once; its best time counts, which other work on the machine lengthens least. The first candidate is
 the baseline: another one takes its place only when it is at least 3% faster. One that is wrong or cannot run
-is dropped with a warning. Where none is left, the plain reference is checked and used, untimed; where that
-fails too, there is an error. A sole candidate is checked in the same way, and so is a forced one, which
-nothing replaces. Products that are too small (`LARGE`) take the baseline, neither checked nor timed.
+is dropped with a warning; one whose kernel needs more than the chip has, without. Where none is left, the
+plain reference is checked and used, untimed; where that fails too, there is an error. A sole candidate is
+checked in the same way, and so is a forced one, which nothing replaces. Products that are too small (`LARGE`)
+take the baseline, neither checked nor timed.
 
 The winner is kept in memory and in whatever the caller makes of kernel_choices(); a run that passes it to
 use_kernel_choices() computes the same bits again. On disk, under the versions it was measured with, it is
-kept only where every candidate could be run and the machine was quiet, or a busy moment or a failure would
-decide for every later process. What ran out of memory is not kept at all: another implementation stands in
-for the call, and later calls try again.
+kept only where every candidate could be run or is too large for the chip, and the machine was quiet: a busy
+moment or a failure would decide for every later process. What ran out of memory is not kept at all: another
+implementation stands in for the call, and later calls try again.
 
 LORAKERNELS_BACKEND forces an implementation wherever backend="auto" is asked for, by its whole name or the
 part before the colon. LORAKERNELS_CACHE_DIR moves the file on disk. Nothing can be measured while a CUDA
@@ -49,6 +50,7 @@ __all__ = [
     "is_large",
     "kernel_choices",
     "kernel_report",
+    "known",
     "use_kernel_choices",
 ]
 
@@ -133,6 +135,11 @@ def choose(
         _choices[problem] = choice
         _stand_ins.pop(problem, None)
     return winner
+
+
+def known(problem: str, candidates: Sequence[Candidate]) -> Candidate | None:
+    """What `choose` chose for problem in this process, None where nothing was: nothing is measured."""
+    return _winner(_choices.get(problem), candidates)
 
 
 def kernel_choices() -> dict[str, dict]:
@@ -290,7 +297,8 @@ def _measure(
         if not right:
             return _last_resort(problem, candidates, reference, examination)
     for name, reason in examination.dropped.items():
-        _warn(problem, name, f"{name} is not used for {problem}: {reason}")
+        if name not in examination.too_large:
+            _warn(problem, name, f"{name} is not used for {problem}: {reason}")
     milliseconds = {name: 1e3 * min(times) for name, times in samples.items()}
     winner = baseline = right[0].name
     if samples:

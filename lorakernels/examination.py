@@ -59,13 +59,15 @@ class Examination:
 
     Attributes:
         dropped: why an implementation did not pass, by its name.
-        failed: names of those that raised an exception.
+        too_large: names of those whose kernel needs more of the chip than it has.
+        failed: names of those that raised another exception.
         out_of_memory: names of those among them for which there was too little memory.
     """
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.dropped: dict[str, str] = {}
+        self.too_large: set[str] = set()
         self.failed: set[str] = set()
         self.out_of_memory: set[str] = set()
 
@@ -114,7 +116,7 @@ class Examination:
             return action(one)
         except Exception as error:
             # a kernel that does not compile or does not fit this chip must not stop the run
-            self.failed.add(one.name)
+            (self.too_large if is_too_large(error) else self.failed).add(one.name)
             if is_out_of_memory(error):
                 self.out_of_memory.add(one.name)
             self.dropped[one.name] = f"{type(error).__name__}: {textwrap.shorten(str(error), REASON_LENGTH)}"
@@ -125,6 +127,12 @@ def is_busy(times: list[float]) -> bool:
     """Whether other work lengthened these times of one implementation, in seconds."""
     best = min(times)
     return median(times) > max(BUSY * best, best + BUSY_SECONDS)
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether a Triton kernel needs more shared memory, registers or threads than the chip has."""
+    # triton's OutOfResources, which torch.compile passes on as the text of its own exceptions
+    return "out of resource" in str(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,6 +1,5 @@
 """gpu-check's speed half: nothing that is wrong, or does not fit, has a time."""
 
-import contextlib
 import json
 import sys
 import time
@@ -26,7 +25,6 @@ from benchmarks.gpu_check.speed.sides import (
     Side,
     UnavailableError,
     far_off,
-    remembered_rows,
 )
 from lorakernels import LoRALinear, linear_cross_entropy
 from tests.test_gpu_check import DEVICE, KERNELS, hanging, kill_when, right
@@ -274,7 +272,9 @@ def test_a_layer_without_its_scale_is_not_timed(setting, monkeypatch):
 
 def test_a_wrong_loss_is_not_timed(setting, monkeypatch):
     monkeypatch.setattr(
-        loss_items, "linear_cross_entropy", lambda *inputs: linear_cross_entropy(*inputs) * 1.1
+        loss_items,
+        "linear_cross_entropy",
+        lambda *inputs, **options: linear_cross_entropy(*inputs, **options) * 1.1,
     )
     findings = Findings()
     loss_items.check_loss(findings, setting, EAGER)
@@ -284,12 +284,20 @@ def test_a_wrong_loss_is_not_timed(setting, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [EAGER, GRAPH])
-def test_a_graph_of_the_loss_says_that_its_rows_are_remembered(mode, setting):
+@pytest.mark.parametrize("check", [loss_items.check_loss, step_items.check_step])
+def test_a_graph_is_given_the_rows_that_have_labels_and_says_so(check, mode, setting, monkeypatch):
+    """Our sides alone: none of them looks for rows, which would wait for the device."""
+    module = sys.modules["lorakernels.ops.linear_cross_entropy"]
+    find, calls = module._supervised, []
+    monkeypatch.setattr(module, "_supervised", lambda *arguments: calls.append(1) or find(*arguments))
     findings = Findings()
-    loss_items.check_loss(findings, setting, mode)
+    check(findings, setting, mode)
+    assert not findings.faults
+    assert bool(calls) == (mode == EAGER)
     (case,) = findings.cases.values()
     found = case["extra_info"]
-    assert found["remembered_rows"] == (mode == GRAPH)
+    assert any(map(interleave.is_ours, interleave.whole(found)))
+    assert found["rows_given"] == (mode == GRAPH)
     assert ("rows that have labels found beforehand" in found["title"]) == (mode == GRAPH)
 
 
@@ -304,24 +312,3 @@ def test_a_wrong_model_is_not_timed(setting, monkeypatch):
     assert "bloomft" not in timed
     assert "PEFT as installed" in timed
     assert any(fault.startswith("bloomft: loss 0: relative error") for fault in findings.faults)
-
-
-def test_remembered_rows_are_found_once_and_the_loss_is_the_same(monkeypatch):
-    module = sys.modules["lorakernels.ops.linear_cross_entropy"]
-    find, calls = module._supervised, []
-
-    def counted(*arguments):
-        calls.append(arguments)
-        return find(*arguments)
-
-    monkeypatch.setattr(module, "_supervised", counted)
-    hidden, weight = torch.randn(6, 8), torch.randn(10, 8)
-    labels = torch.tensor([1, -100, 3, 4, -100, 9])
-    losses = []
-    for remember in (False, True):
-        calls.clear()
-        with remembered_rows(remember) if remember else contextlib.nullcontext():
-            losses += [linear_cross_entropy(hidden, weight, labels) for _ in range(3)]
-        assert len(calls) == (1 if remember else 3)
-    assert torch.stack(losses).unique().numel() == 1
-    assert module._supervised is counted

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorakernels.trace.record import Case, Counts
 
-BYTES_SLACK = 0.01
+# by count, the share by which it may differ from its budget
+SLACK = {"launches": 0.0, "bytes": 0.01, "host_syncs": 0.0, "peak_bytes": 0.01}
 OURS = "lorakernels:"
 
 
@@ -70,7 +71,7 @@ def compare(
     """What is wrong with records, one line each: above a budget, below one, or without one.
 
     Both are lists in the form of --json; of records this package's own sides alone have budgets. Launches and
-    host_syncs are exact, bytes within 1%. complete: every budget must have its record.
+    host_syncs are exact, bytes and peak_bytes within 1%. complete: every budget must have its record.
     """
     key = ("case", "side", "pass")
     ours = {tuple(one[part] for part in key): one for one in records if one["side"].startswith(OURS)}
@@ -79,7 +80,7 @@ def compare(
     if complete:
         wrong += [f"{', '.join(name)}: a budget, but no such case" for name in allowed.keys() - ours.keys()]
     for name in ours.keys() & allowed.keys():
-        for count, slack in (("launches", 0.0), ("bytes", BYTES_SLACK), ("host_syncs", 0.0)):
+        for count, slack in SLACK.items():
             found, budget = ours[name][count], allowed[name][count]
             if abs(found - budget) > slack * budget:
                 advice = "above its budget" if found > budget else "lower its budget"
@@ -130,13 +131,14 @@ def _record(case: "Case", name: str, counts: "Counts") -> dict[str, Any]:
         "bytes": sum(one.bytes for one in counts.launches),
         "flops": sum(one.flops for one in counts.launches),
         "host_syncs": len(counts.host_syncs),
+        "peak_bytes": counts.peak_bytes,
         "roofline_us": round(1e6 * device_seconds(counts.launches), 1),
     }
 
 
 _HEADER = (
-    f"  {'side':20} {'pass':9} {'launches':>8} {'GB':>9} {'TFLOP':>9} {'syncs':>5} "
-    f"{'device us,':>12} {'host us,':>10}\n{'':67} {'computed':>12} {'computed':>10}"
+    f"  {'side':25} {'pass':9} {'launches':>8} {'GB':>8} {'TFLOP':>8} {'syncs':>5} {'peak GiB,':>9} "
+    f"{'device us,':>10} {'host us,':>8}\n{'':70} {'computed':>9} {'computed':>10} {'computed':>8}"
 )
 
 
@@ -145,9 +147,9 @@ def _row(case: "Case", name: str, counts: "Counts") -> str:
 
     one = _record(case, name, counts)
     return (
-        f"  {case.side:20} {name:9} {one['launches']:8,d} {one['bytes'] / 1e9:9.3f} "
-        f"{one['flops'] / 1e12:9.3f} {one['host_syncs']:5d} {one['roofline_us']:12,.1f} "
-        f"{1e6 * host_seconds(counts.launches):10,.0f}"
+        f"  {case.side:25} {name:9} {one['launches']:8,d} {one['bytes'] / 1e9:8.3f} "
+        f"{one['flops'] / 1e12:8.3f} {one['host_syncs']:5d} {one['peak_bytes'] / 2**30:9.3f} "
+        f"{one['roofline_us']:10,.1f} {1e6 * host_seconds(counts.launches):8,.0f}"
     )
 
 

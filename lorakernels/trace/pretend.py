@@ -187,7 +187,11 @@ class _Operations(TorchDispatchMode):
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             args = (args[0], self._without_masks(args[1]), *args[2:])
         result = self._result(name, func, args, kwargs)
-        everything = [*given, *costs.tensors_in(result)]
+        made = list(costs.tensors_in(result))
+        for tensor in made:
+            if not self.truth.has_data(tensor):
+                self.trace.memory.see(tensor)
+        everything = [*given, *made]
         if not all(map(self.truth.has_data, everything)):
             launch = costs.launch_of(func, args, kwargs, result)
             if launch is not None:

@@ -1,4 +1,4 @@
-"""What a trace counts: launches on the device, their bytes and FLOPs, and the host's waits for the device."""
+"""What a trace counts: launches on the device, their bytes and FLOPs, memory, and the host's waits."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from lorakernels.trace.memory import LiveMemory
 
 if TYPE_CHECKING:
     from lorakernels.trace.calls import KernelCall
@@ -47,10 +49,14 @@ class Launch:
 
 @dataclass
 class Counts:
-    """What one pass of a case does."""
+    """What one pass of a case does.
+
+    peak_bytes: of the memory that tensors hold at once while it runs, those made before it included.
+    """
 
     launches: list[Launch] = field(default_factory=list)
     host_syncs: list[str] = field(default_factory=list)
+    peak_bytes: int = 0
 
 
 # By operation ("nonzero", "item", "tolist", "to the CPU"), what the host finds in a tensor that it reads.
@@ -80,16 +86,19 @@ class Trace:
     def __init__(self, host_reads: HostReads) -> None:
         self.host_reads = host_reads
         self.passes: dict[str, Counts] = {}
+        self.memory = LiveMemory()
         self._current: Counts | None = None
 
     @contextlib.contextmanager
     def recording(self, name: str) -> Iterator[None]:
         """Count what happens inside as the pass of that name."""
-        self._current = self.passes.setdefault(name, Counts())
+        counts = self._current = self.passes.setdefault(name, Counts())
+        self.memory.restart()
         try:
             yield
         finally:
             self._current = None
+            counts.peak_bytes = max(counts.peak_bytes, self.memory.peak)
 
     def launch(self, launch: Launch) -> None:
         """Count a launch."""

@@ -5,10 +5,20 @@ import contextlib
 import pytest
 import torch
 
+pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
+
 from lorakernels import device_timing, dispatch, examination, launching
 from lorakernels.dispatch import Implementation
 
 MILLISECONDS = {"baseline": 2.0, "fast": 1.0, "wrong": 0.1, "broken": 0.1}
+# of Triton itself, and of torch.compile around it
+TOO_LARGE = {
+    "large": OutOfResources(229376, 101376, "shared memory"),
+    "large, compiled": RuntimeError(
+        "No valid triton configs. OutOfResources: out of resource: shared memory, Required: 229376"
+    ),
+}
 
 
 class Trial:
@@ -23,6 +33,8 @@ class Trial:
         self.seen.append((action, one.name))
         if one.name == "broken":
             raise RuntimeError("PassManager::run failed")
+        if one.name in TOO_LARGE:
+            raise TOO_LARGE[one.name]
 
     def compile(self, one: Implementation) -> None:
         self.note("compile", one)
@@ -83,6 +95,18 @@ def test_what_does_not_compile_is_dropped_by_the_check(seen):
     assert seen[1:5] == [*(("compile", one.name) for one in given), ("compiled", "p")]
     assert [action for action, name in seen if name == "broken"] == ["compile", "check"]
     assert [name for action, name in seen if action == "run"] == ["baseline"]
+
+
+@pytest.mark.parametrize("large", TOO_LARGE)
+def test_what_is_too_large_for_the_chip_is_left_out_silently_and_for_good(large, seen, tmp_path, recwarn):
+    given = candidates("baseline", large, "fast")
+    assert dispatch.choose("p", given, lambda: Trial(seen)) is given[2]
+    assert not recwarn.list
+    assert "out of resource" in dispatch.kernel_choices()["p"]["rejected"][large]
+    dispatch.forget()
+    seen.clear()
+    assert dispatch.choose("p", given, lambda: Trial(seen)) is given[2]
+    assert not seen
 
 
 def test_without_triton_there_is_nothing_to_compile(seen, monkeypatch):

@@ -13,13 +13,16 @@ from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.pool import Item, Setting
 from benchmarks.gpu_check.speed.models import HEAD_ROWS
 from benchmarks.gpu_check.speed.sides import (
+    GRAPH,
     MODES,
+    ROWS_GIVEN,
     Case,
     Differentiated,
     Side,
     UnavailableError,
     other_side,
 )
+from bloomft.batch import IGNORE_INDEX
 from lorakernels import dispatch, linear_cross_entropy
 from lorakernels.ops.linear_cross_entropy import check
 
@@ -55,7 +58,8 @@ def check_loss(findings: Findings, setting: Setting, mode: str) -> None:
         return other_side(differentiated(get()), named)
 
     def make_ours() -> Side:
-        both = differentiated(linear_cross_entropy)
+        rows_with_labels = (labels != IGNORE_INDEX).nonzero()[:, 0] if mode == GRAPH else None
+        both = differentiated(lambda *inputs: linear_cross_entropy(*inputs, rows=rows_with_labels))
 
         def wrong(got: list[Tensor]) -> list[str]:
             found = Findings()
@@ -69,12 +73,13 @@ def check_loss(findings: Findings, setting: Setting, mode: str) -> None:
     case = Case(
         f"loss[{rows}-bf16]",
         "linear_cross_entropy",
-        f"loss over {rows} rows of {vocabulary} logits, width {width}, {dispatch.dtype_name(hidden.dtype)}",
+        f"loss over {rows} rows of {vocabulary} logits, width {width}, {dispatch.dtype_name(hidden.dtype)}"
+        f"{ROWS_GIVEN[mode]}",
         FLOOR,
         mode,
-        has_loss=True,
         extra={
             "case": {"rows": rows, "dtype": dispatch.dtype_name(hidden.dtype)},
+            "rows_given": mode == GRAPH,
             "flops": dict.fromkeys((FLOOR, OURS), 4 * rows * vocabulary * width),
         },
     )

@@ -1,10 +1,8 @@
 """A case: sides that are made, checked and then timed in turn; a side that is wrong has no time."""
 
-import contextlib
 import functools
 import gc
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,8 +32,12 @@ MOST_ROUNDS, WARMUP_ROUNDS = 50, 2
 EAGER, GRAPH, WARM = "eager", "graph", "warm"
 # what is timed, and how an item's name says so
 MODES = {EAGER: "", GRAPH: ", as a graph"}
-# what the title says where `remembered_rows`
-REMEMBERED = ", lorakernels' loss with the rows that have labels found beforehand"
+# what the title of a graph says where our sides have a loss: no graph can wait for the device to find them
+ROWS_GIVEN = {
+    EAGER: "",
+    GRAPH: ", lorakernels' loss with the rows that have labels found beforehand",
+    WARM: "",
+}
 
 
 class UnavailableError(Exception):
@@ -118,32 +120,6 @@ def other_side(
     return Side(phases or both.phases(), both.results, exact, functools.partial(far_off, exact, at_most))
 
 
-@contextlib.contextmanager
-def remembered_rows(remember: bool) -> Iterator[None]:
-    """Where asked to, the loss looks for rows with labels once: it waits for the device, as no graph can."""
-    if not remember:
-        yield
-        return
-    loss = importlib.import_module("lorakernels.ops.linear_cross_entropy")
-    find = loss._supervised
-    loss._supervised = _first_of(find)
-    try:
-        yield
-    finally:
-        loss._supervised = find
-
-
-def _first_of(find: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    found: list[Tensor] = []
-
-    def remembered(*arguments: object) -> Tensor:
-        if not found:
-            found.append(find(*arguments))
-        return found[0]
-
-    return remembered
-
-
 @dataclass
 class Case:
     """What is measured of some sides, and how it is stored.
@@ -154,8 +130,6 @@ class Case:
         mode: eager; as a replayed graph; or warm, which runs every side once and times nothing.
         seconds: for the rounds.
         weights: bytes that the peak of every side counts besides what it takes itself.
-        has_loss: whether our sides call `linear_cross_entropy`, of which a graph needs `remembered_rows`;
-            title and extra_info say so.
         extra: joins extra_info.
     """
 
@@ -166,7 +140,6 @@ class Case:
     mode: str
     seconds: float = 5.0
     weights: int = 0
-    has_loss: bool = False
     extra: dict[str, object] = field(default_factory=dict)
 
     def measure(
@@ -181,16 +154,6 @@ class Case:
         self._sides: dict[str, Side] = {}
         self._memory: dict[str, int] = {}
         self._errors: dict[str, float] = {}
-        with remembered_rows(self._remembers):
-            return self._measure(findings, setting, builders)
-
-    @property
-    def _remembers(self) -> bool:
-        return self.has_loss and self.mode == GRAPH
-
-    def _measure(
-        self, findings: Findings, setting: Setting, builders: Mapping[str, Callable[[], Side]]
-    ) -> dict[str, Side]:
         for name, build in builders.items():
             self._add(findings, setting, name, build)
         if self.mode == WARM:
@@ -215,16 +178,13 @@ class Case:
             floor=self.floor if self.floor in timed else next(iter(timed)),
             rounds=setting.pick(MOST_ROUNDS, 2),
             warmup=setting.pick(WARMUP_ROUNDS, 0),
-            title=self.title
-            + (", as a replayed graph" if self.mode == GRAPH else "")
-            + (REMEMBERED if self._remembers else ""),
+            title=self.title + (", as a replayed graph" if self.mode == GRAPH else ""),
             device=setting.device,
             with_host=True,
             memory={name: self._memory[name] + self.weights for name in timed},
             **({"memory_of_weights": self.weights} if self.weights else {}),
             errors=self._errors,
             left_out=self.left_out,
-            **({"remembered_rows": self._remembers} if self.has_loss else {}),
             **self.extra,
         )
         rounds.extra_info["gpu_state"] = {"before": before, "after": gpu_state(setting.device)}

@@ -18,12 +18,14 @@ from benchmarks.gpu_check.speed.sides import (
     EAGER,
     GRAPH,
     NO_MEMORY,
+    ROWS_GIVEN,
     WARM,
     Case,
     Side,
     free_memory,
 )
 from benchmarks.interleave import ONLY, is_ours
+from bloomft.model.fused_classes import FusedBloomForCausalLM, rows_with_labels
 from lorakernels.tolerance import relative_error
 
 ROWS = 4
@@ -69,13 +71,14 @@ def measure(
     case = Case(
         f"step[bloom-1b7{f'-{shape.layers}-layers' if cut else ''}]",
         "step",
-        f"bf16: BLOOM-1b7, {depth}{rows} x {shape.tokens} tokens, forward, backward, clip and AdamW",
+        f"bf16: BLOOM-1b7, {depth}{rows} x {shape.tokens} tokens, forward, backward, clip and AdamW"
+        f"{ROWS_GIVEN[mode]}",
         models.INSTALLED,
         mode,
         seconds=12.0,
         weights=held,
-        has_loss=True,
         extra={
+            "rows_given": mode == GRAPH,
             "counts": {"unit": "tokens", "number": ids.numel()},
             "case": {"model": "bloom-1b7", "layers": shape.layers, "rows": rows, "tokens": shape.tokens,
                      "dtype": "bfloat16"},
@@ -83,7 +86,7 @@ def measure(
         },
     )  # fmt: skip
     builders: dict[str, Callable[[], Side]] = {
-        name: functools.partial(make_side, name, base, build, ids, references)
+        name: functools.partial(make_side, name, base, build, ids, references, mode)
         for name, build in models.builders(setting, (rows, shape.tokens)).items()
     }
     if mode != WARM:
@@ -97,15 +100,18 @@ def measure(
 
 
 def make_side(
-    name: str, base: BloomForCausalLM, build: models.Build, ids: Tensor, references: list | None
+    name: str, base: BloomForCausalLM, build: models.Build, ids: Tensor, references: list | None, mode: str
 ) -> Side:
     """A step of one model: loss, gradients, clipping, AdamW."""
     model, trained = models.make(base, build)
+    rows = {}
+    if mode == GRAPH and isinstance(model, FusedBloomForCausalLM):
+        rows["supervised_rows"] = rows_with_labels(ids)
     on_gpu = ids.is_cuda
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=on_gpu, capturable=on_gpu)
 
     def loss_and_gradients() -> Tensor:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=ids, labels=ids, use_cache=False, **rows).loss
         loss.backward()
         return loss.detach()
 

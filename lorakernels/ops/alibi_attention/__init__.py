@@ -5,6 +5,9 @@ A query i attends to the keys j <= i of its own document with the scores ``q_i Â
 model's dtype; a softmax does not see that it is counted from the query and not from the document's start.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from lorakernels.ops.alibi_attention import aten, plain
@@ -13,7 +16,7 @@ from lorakernels.ops.alibi_attention.slopes import alibi_slopes
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 from lorakernels.ops.autograd import differentiable_once
 
-__all__ = ["AttentionMask", "alibi_attention", "alibi_slopes", "attention_mask"]
+__all__ = ["AttentionMask", "alibi_attention", "alibi_slopes", "attention_mask", "choose_attention_kernels"]
 
 
 def alibi_attention(
@@ -60,6 +63,22 @@ def alibi_attention(
         mask = attention_mask(None, batch, length, key.device) if mask is None else mask
         return flex.attention(query, key, value, slopes, mask)
     return plain.attention(query, key, value, slopes, starts)
+
+
+def choose_attention_kernels(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, trained: bool = True
+) -> None:
+    """Choose `alibi_attention`'s kernels for queries of that shape [B, heads, T, D], measured if it is new.
+
+    For callers that torch.compile traces: the compiled code takes the kernels chosen before for the dtype and
+    D, and torch's own where none are, since a trace cannot stop to measure. Called from elsewhere,
+    `alibi_attention` does this itself. trained: those of the backward pass too. Nothing happens off CUDA,
+    nor for float64 and empty shapes, which take no such kernels.
+    """
+    if device.type == "cuda" and dtype != torch.float64 and math.prod(shape) > 0:
+        from lorakernels.ops.alibi_attention import flex
+
+        flex.choose(shape, dtype, device, trained=trained)
 
 
 def _check(

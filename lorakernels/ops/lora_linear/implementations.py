@@ -11,7 +11,7 @@ from lorakernels import cpu_gemm, dispatch
 from lorakernels.dispatch import Implementation
 from lorakernels.installed import has_triton
 from lorakernels.ops.lora_linear import aten, check, onednn, reference
-from lorakernels.ops.lora_linear.problem import Direction, Problem
+from lorakernels.ops.lora_linear.problem import ALIGNMENT, Direction, Problem
 from lorakernels.tolerance import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def triton_implementations(problem: Problem, direction: Direction) -> tuple[Impl
 
 
 def is_aligned(dtype: torch.dtype, n: int, k: int) -> bool:
-    """Whether rows of N and of K elements, one after the other, begin at multiples of 16 bytes."""
-    return not (n * dtype.itemsize % 16 or k * dtype.itemsize % 16)
+    """Whether rows of N and of K elements, one after the other, begin at multiples of ALIGNMENT bytes."""
+    return not (n * dtype.itemsize % ALIGNMENT or k * dtype.itemsize % ALIGNMENT)
 
 
 def select(problem: Problem, backend: str, direction: Direction) -> Implementation:

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 from torch import Tensor
 
 Direction = Literal["forward", "backward"]
+# Bytes: rows have to begin at multiples of it for a thread's widest load and the tensor memory accelerator.
+ALIGNMENT = 16
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 # Whether x, lora_a and lora_b need a gradient, and these: None where they do not.
 Needs = tuple[bool, bool, bool]

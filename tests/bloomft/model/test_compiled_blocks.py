@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bloomft.model import compiled_blocks
 from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.model.fused_classes import checkpoint_blocks
 from tests.bloomft.conftest import tiny_model
@@ -114,3 +115,31 @@ def test_a_cache_compiles_nothing():
     plain = with_trained_adapters(tiny_model(n_layer=3)).eval()
     assert torch.equal(model.eval().generate(ids, **options), plain.generate(ids, **options))
     assert graphs.varies == []
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_kernels_of_attention_are_chosen_before_a_block_is_compiled(autocast, monkeypatch):
+    """For all shapes, with the backward's where gradients are wanted; not for queries that follow a cache."""
+    asked, graphs_then = [], []
+
+    def choose(shape, dtype, device, *, trained):
+        assert not torch.compiler.is_compiling()
+        asked.append((shape, dtype, device.type, trained))
+        graphs_then.append(len(graphs.varies))
+
+    monkeypatch.setattr(compiled_blocks, "choose_attention_kernels", choose)
+    model, graphs = compiled_model()
+    attention = model.transformer.h[0].self_attention
+    heads, width = attention.num_heads, attention.head_dim
+    dtype = torch.bfloat16 if autocast else torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        train(model, *SHAPE)
+        assert graphs_then[0] == 0
+        assert set(asked) == {((2, heads, 24, width), dtype, "cpu", True)}
+        asked.clear()
+        with torch.no_grad():
+            model(tokens(3, 7), use_cache=False)
+        assert set(asked) == {((3, heads, 7, width), dtype, "cpu", False)}
+        asked.clear()
+        model.eval().generate(tokens(1, 3), max_new_tokens=2)
+    assert not asked

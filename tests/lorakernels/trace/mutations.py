@@ -13,9 +13,12 @@ from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
+import torch
+
 from lorakernels.ops.lora_linear.triton import parts, thin
 from lorakernels.trace.__main__ import main
 
+KEPT: list[torch.Tensor] = []
 BUDGETS = Path(__file__).parents[2] / "budgets.json"
 shrink, reduce, one_pass = thin.shrink, parts.reduce, thin.both_thin_gradients
 
@@ -44,12 +47,19 @@ def in_more_parts(*arguments):
         return one_pass(*arguments)
 
 
+def keeping(layout, x, *others, **options):
+    """A tensor as large as x, neither written nor read, that nothing lets go."""
+    KEPT.append(torch.empty_like(x))
+    return shrink(layout, x, *others, **options)
+
+
 CHANGES = (
     (thin, "shrink", shrink),
     (thin, "shrink", copied),
     (thin, "shrink", waiting),
     (parts, "reduce", without_launch),
     (thin, "both_thin_gradients", in_more_parts),
+    (thin, "shrink", keeping),
 )
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 NAME = "lora_linear M=8192 K=2048 N=6144 r=8 bfloat16, lorakernels:triton"
 BUDGET = {
     "case": "c", "side": "lorakernels:triton", "pass": "forward",
-    "launches": 4, "bytes": 1000, "host_syncs": 0,
+    "launches": 4, "bytes": 1000, "host_syncs": 0, "peak_bytes": 2000,
 }  # fmt: skip
 
 
@@ -29,6 +29,15 @@ BUDGET = {
         ({"launches": 5}, ["c, lorakernels:triton, forward: 5 launches, above its budget of 4"]),
         ({"launches": 3}, ["c, lorakernels:triton, forward: 3 launches, lower its budget of 4"]),
         ({"host_syncs": 1}, ["c, lorakernels:triton, forward: 1 host_syncs, above its budget of 0"]),
+        ({"peak_bytes": 2020}, []),
+        (
+            {"peak_bytes": 2021},
+            ["c, lorakernels:triton, forward: 2,021 peak_bytes, above its budget of 2,000"],
+        ),
+        (
+            {"peak_bytes": 1979},
+            ["c, lorakernels:triton, forward: 1,979 peak_bytes, lower its budget of 2,000"],
+        ),
         (
             {"case": "d"},
             [
@@ -72,12 +81,14 @@ def test_changed_implementations_break_their_budgets():
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    unchanged, copied, waiting, without_launch, in_more_parts = json.loads(done.stdout)
+    unchanged, copied, waiting, without_launch, in_more_parts, keeping = json.loads(done.stdout)
     assert unchanged == [0, ""]
-    assert copied[0] == waiting[0] == without_launch[0] == in_more_parts[0] == 1
+    assert copied[0] == waiting[0] == without_launch[0] == in_more_parts[0] == keeping[0] == 1
     assert f"{NAME}, forward: 4 launches, above its budget of 3\n" in copied[1]
     assert f"{NAME}: the host waits for the device: item of bfloat16[]\n" in waiting[1]
     assert f"{NAME}, backward: 5 launches, lower its budget of 7\n" in without_launch[1]
     assert f"{NAME}, backward: " in in_more_parts[1]
     assert "launches" not in in_more_parts[1]
     assert "bytes, above its budget of" in in_more_parts[1]
+    # the kept tensor is at the peak of both passes, of both families, and is neither launch nor traffic
+    assert keeping[1].count(" peak_bytes, above its budget of ") == len(keeping[1].splitlines()) == 4

@@ -82,9 +82,14 @@ def _product(
     seed: Tensor,
     gemm: Gemm | None,
 ) -> Tensor:
-    """x·weightᵀ + bias + drop'(left·rightᵀ), [M, N], by gemm, or by the default where gemm cannot."""
+    """x·weightᵀ + bias + drop'(left·rightᵀ), [M, N], by gemm, or by the default where gemm cannot address it.
+
+    ValueError for the vendor's GEMM under dropout, which it cannot mask.
+    """
     gemm = gemm or default_gemm(x.dtype)
-    if gemm.family is Family.VENDOR and not dropout_p:
+    if gemm.family is Family.VENDOR:
+        if dropout_p:
+            raise ValueError("gemm: the vendor's cannot mask the update of dx, got a problem with dropout")
         return vendor_gemm.product(x, weight, bias, left, right)
     if gemm.family is Family.TMA and tma_gemm.addressable(x, weight):
         return tma_gemm.product(x, weight, bias, left, right, dropout_p, seed, gemm.tile)

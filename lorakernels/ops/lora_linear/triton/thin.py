@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorakernels.launching import launch
+from lorakernels.ops.lora_linear.problem import ALIGNMENT
 from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 from lorakernels.ops.lora_linear.triton.parts import LEFT, Layout, Parts, store_parts
 from lorakernels.ops.lora_linear.triton.target import precision, thin_options
@@ -344,7 +345,7 @@ def sum_over_rows(layout: Layout, x: Tensor, factor: Parts, dropout_p: float, se
 
 def _narrowed(tile: ThinTile, x: Tensor, dropout_p: float) -> ThinTile:
     """tile with half the columns for the mask's registers, and for those of each element's own address."""
-    unaligned = x.stride(0) * x.element_size() % 16 != 0
+    unaligned = x.stride(0) * x.element_size() % ALIGNMENT != 0
     return replace(tile, columns=tile.columns >> (unaligned + (dropout_p > 0)))
 
 

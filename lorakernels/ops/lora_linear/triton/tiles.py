@@ -99,7 +99,8 @@ def shipped_gemms(dtype: torch.dtype, chip: Chip, *, aligned: bool, masked: bool
     The first is taken where none is measured.
 
     aligned: rows of x, of weight, in the order in which it is stored, and of the result begin at multiples of
-    16 bytes. masked: the update is that of dx under dropout, which the vendor's GEMM cannot mask.
+    `problem.ALIGNMENT` bytes. masked: the update is that of dx under dropout, which the vendor's GEMM cannot
+    mask.
     """
     size = dtype.itemsize
     tiles: tuple[Tile, ...]

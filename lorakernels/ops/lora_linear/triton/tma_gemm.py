@@ -15,14 +15,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorakernels.launching import launch
+from lorakernels.ops.lora_linear.problem import ALIGNMENT
 from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 from lorakernels.ops.lora_linear.triton.order import GROUP_M, tile_origin
 from lorakernels.ops.lora_linear.triton.parts import Parts
 from lorakernels.ops.lora_linear.triton.target import multiprocessors
 from lorakernels.ops.lora_linear.triton.tiles import Tile
 
-# What the accelerator asks of the beginning of a tensor and of each of its rows, in bytes.
-ALIGNMENT = 16
 # Descriptors that are kept: five for every product of a model, whose activations come back at few addresses.
 DESCRIPTORS = 4096
 

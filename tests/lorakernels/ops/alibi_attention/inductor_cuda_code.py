@@ -1,8 +1,8 @@
-"""Prints the strides by which inductor's CUDA code of alibi_attention finds each row's blocks; needs no GPU.
+"""Prints of inductor's CUDA code of alibi_attention how it finds each row's blocks, and its kernels' options.
 
 The mask is made eagerly (of fixed and of varying length), by its operator while a compiler traces, or, the
 mistake that the operator prevents, by its plain operations while a compiler traces. Tensors are fake, kernels
-are written and not compiled, and torch is told that there is an H100: a process of its own.
+are written and not compiled, and torch is told that there is an H100: a process of its own, without a GPU.
 """
 
 import ctypes
@@ -11,14 +11,26 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
+from torch import Tensor
 from torch._dynamo import _trace_wrapped_higher_order_op
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import config
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes import joint_graph, post_grad
 from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn.attention import flex_attention
+from torch.utils import _triton
 
 from lorakernels import AttentionMask, alibi_attention, attention_mask
 from lorakernels.aot.chips import CHIPS
@@ -73,6 +85,8 @@ def pretend_cuda() -> None:
     _trace_wrapped_higher_order_op.torch = SimpleNamespace(**{**vars(torch), "tensor": fill})
     # patterns are traced on the device before the first graph
     joint_graph.lazy_init = post_grad.lazy_init = lambda *_, **__: None
+    # what was found before, without a GPU
+    _triton.has_triton.cache_clear()
     for name in ("getDevice", "setDevice", "exchangeDevice", "maybeExchangeDevice", "getCurrentRawStream"):
         setattr(torch._C, f"_cuda_{name}", lambda *_: 0)
 
@@ -120,24 +134,60 @@ def head_strides(made: str, dynamic: bool) -> dict[str, str]:
     return dict(re.findall(r"(stride_(?:full_)?kv_(?:idx|num_blks)_h) = (.*)", code))
 
 
-def forward_tile(tiles: dict[str, Any]) -> dict[str, str]:
-    """The tile of the forward kernel in inductor's code, by name."""
+def traced_passes(options: dict[str, Any]) -> list[tuple[GraphModule, list[Tensor]]]:
+    """The graphs of the forward and the backward pass, and their inputs, traced on the CPU.
+
+    Autograd would ask for the GPU.
+    """
     torch._dynamo.reset()
-    parts = [torch.empty(4, 16, 2048, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
-    given = attention_mask(None, 4, 2048, parts[0].device)
-    code = generated_code(flex.masked_attention, (*parts, torch.empty(16, device="cuda"), given, tiles))
-    return dict(re.findall(r"(BLOCK_[MN]) : tl.constexpr = (.*)", code))
+    passes = []
+
+    def keep(graph, inputs):
+        passes.append((graph, inputs))
+        return make_boxed_func(graph.forward)
+
+    # a row of its own for each of the batch: an index that is a constant could not be lowered by itself
+    given = attention_mask(torch.zeros(2, 256, dtype=torch.int64), 2, 256, "cpu")
+    parts = [torch.empty(2, 2, 256, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table())
+    with (
+        patch.object(flex_attention, "_validate_device", lambda *_: None),
+        functorch.patch(force_non_lazy_backward_lowering=True),
+    ):
+        compiled = torch.compile(flex.masked_attention, fullgraph=True, backend=backend, dynamic=False)
+        compiled(*parts, torch.empty(2), given, options)
+    return passes
+
+
+def kernel_options(graph: GraphModule, inputs: list[Tensor]) -> dict[str, str]:
+    """The tiles, stages and warps of FlexAttention's kernel in inductor's code for graph, by name."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        moved = [
+            torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cuda") for one in inputs
+        ]
+        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*moved)
+        lowering = GraphLowering(graph, example_inputs=moved)
+        with V.set_fake_mode(mode), V.set_graph_handler(lowering), DebugContext():
+            lowering.run(*moved)
+            code = lowering.codegen()[0]
+    code = getattr(code, "value", code)
+    found = re.findall(r"(BLOCK_[MN]\d?) : tl.constexpr = (\d+)", code)
+    # beside the template's kernel there is one for the sums of rows, whose decorator has neither
+    return dict(found + re.findall(r"^(num_stages|num_warps)=(\d+)", code, re.MULTILINE))
 
 
 def main() -> None:
-    """Print the strides and the tiles as JSON."""
+    """Print the strides, and for every candidate the options of the forward and the backward, as JSON."""
+    candidates = [*flex.FORWARD.values(), *flex.BACKWARD.values()]
+    traced = [traced_passes(options) for options in candidates]
     pretend_cuda()
     settings = {"force_disable_caches": True, "compile_threads": 1, "joint_graph_constant_folding": False}
-    with config.patch(settings), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        cases = [("eager", False), ("eager", True), ("traced", False), ("plain", False)]
-        strides = [head_strides(*case) for case in cases]
-        tiles = {name: forward_tile(one) for name, one in flex.TILES.items()}
-        print(json.dumps([strides, tiles]))
+    with config.patch(settings), torch.no_grad():
+        options = [[kernel_options(*one) for one in passes] for passes in traced]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            cases = [("eager", False), ("eager", True), ("traced", False), ("plain", False)]
+            strides = [head_strides(*case) for case in cases]
+        print(json.dumps([strides, options]))
 
 
 if __name__ == "__main__":

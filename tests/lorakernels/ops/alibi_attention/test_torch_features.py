@@ -2,10 +2,6 @@
 
 import functools
 import itertools
-import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -164,29 +160,6 @@ def test_index_tensors_that_kernels_would_misread_are_refused():
         assert torch.equal(getattr(misread, field), tensor)
         with pytest.raises(ValueError, match="second stride of a contiguous tensor"):
             flex.block_mask(misread)
-
-
-@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="inductor's insides differ by version")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
-def test_inductors_kernels_read_each_rows_own_blocks():
-    """4 rows of 16 blocks: a row further is 16 counts and 256 numbers further, not 0; and the tiles."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.lorakernels.ops.alibi_attention.inductor_cuda_code"],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    (eager, dynamic, traced, plain), tiles = json.loads(run.stdout.splitlines()[-1])
-    assert tiles.pop("64x64") == {"BLOCK_M": "64", "BLOCK_N": "64"}
-    assert {"BLOCK_M": "64", "BLOCK_N": "64"} not in tiles.values()
-    right = {"stride_kv_num_blks_h": "16", "stride_kv_idx_h": "256"}
-    right |= {name.replace("stride_", "stride_full_"): value for name, value in right.items()}
-    assert eager == traced == right
-    assert dynamic.keys() == right.keys()
-    assert "0" not in dynamic.values()
-    # why the mask has an operator of its own
-    assert plain["stride_kv_idx_h"] == "0"
 
 
 def on_a_gpu(*shape, index=0, dtype=torch.float32):
@@ -351,44 +324,6 @@ def test_the_layers_of_one_batch_are_no_second_batch(flex_graphs):
     assert len(flex._constant) == 1
     flex.attention(*parts, slopes, attention_mask(ids, 2, 200, "cpu"))
     assert len(flex._constant) == 2
-
-
-def test_tiles_are_chosen_by_dtype_and_width_and_handed_on(flex_graphs, monkeypatch):
-    chosen, seen = [], []
-
-    def choose(problem, candidates, make_trial):
-        trial = make_trial()
-        for one in candidates:
-            trial.run(one)
-            assert trial.failures(one) == []
-        chosen.append(problem)
-        return candidates[1]
-
-    def record(*arguments, kernel_options, **options):
-        seen.append(kernel_options)
-        return flex_attention.flex_attention(*arguments, **options)
-
-    monkeypatch.setattr(flex, "flex_attention", record)
-    monkeypatch.setattr(flex.dispatch, "choose", choose)
-    monkeypatch.setattr(flex, "_compiled", lambda constant: flex.masked_attention)
-    monkeypatch.setitem(flex.dispatch.LARGE, "cuda", 0)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    for length in (150, 160):
-        flex_call(length)
-        assert seen[-1] == flex.TILES["64x64"]
-    assert chosen == 2 * chosen[:1]
-    assert chosen[0].endswith(", float32, D=16")
-    monkeypatch.setitem(flex.dispatch.LARGE, "cuda", 2**40)
-    flex_call(150)
-    assert seen[-1] is None
-
-
-def test_other_tiles_that_disagree_are_dropped(flex_graphs, monkeypatch):
-    trial = flex._Trial(torch.empty(1, 2, 150, 16))
-    one = flex.Implementation("64x64", flex._with_tiles, flex._with_tiles)
-    plain = flex.masked_attention
-    monkeypatch.setattr(flex, "_compiled", lambda constant: lambda *a: plain(*a[:5]) * (1.1 if a[5] else 1.0))
-    assert trial.failures(one) == ["relative error 0.1 above 0.00391"]
 
 
 ERRORS = {

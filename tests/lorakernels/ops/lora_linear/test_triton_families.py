@@ -94,6 +94,18 @@ def test_dropout(family, transposed, device):
     assert failures(problem, GEMMS[family], multiplier) == []
 
 
+def test_the_vendors_gemm_refuses_the_mask_of_dx(device):
+    """Forward, where x is masked before S is made, and gradients without dx are computed."""
+    problem = make_problem(70, 136, 72, 8, "bf16-fp32", device)
+    problem = replace(problem, dropout_p=0.3, seed=torch.tensor([11], device=device))
+    y, s = triton.forward(problem, gemm=VENDOR)
+    assert y.shape == (70, 136)
+    dx, *_ = triton.backward(problem, problem.dy, s, (False, True, True), gemm=VENDOR)
+    assert dx is None
+    with pytest.raises(ValueError, match="gemm: the vendor's cannot mask"):
+        triton.backward(problem, problem.dy, s, (True, True, True), gemm=VENDOR)
+
+
 @pytest.mark.parametrize("layout", ["odd width", "odd stride", "odd address", "columns"])
 def test_what_tma_cannot_address_is_computed_by_pointers(layout, device):
     problem = make_problem(40, 136, 71 if layout == "odd width" else 72, 8, "bf16-fp32", device)
