@@ -41,7 +41,7 @@ class ShardedEmbedding(nn.Embedding):
         dist.all_to_all_single(_bytes(received), _bytes(found), asks, answers, group=group)
         result = torch.empty_like(received)
         result[by_owner] = received
-        return result.view(*ids.shape, -1)
+        return result.view(*ids.shape, local.shape[1])
 
 
 def rows_of_a_shard(rows: int, processes: int) -> int:

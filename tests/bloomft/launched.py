@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from bloomft import train
 from bloomft.command_line import run_command
@@ -77,3 +78,22 @@ def _train(variables: dict[str, str], arguments: list[str], errors: Path, before
         before()
     sys.argv = ["train", *arguments]
     run_command(train.main)
+
+
+def run_together(size: int, check: Callable[[], object]) -> list[int | None]:
+    """Exit statuses of ``size`` processes in one process group that each call ``check``."""
+    port, started = free_port(), []
+    for rank in range(size):
+        started.append(_PROCESSES.Process(target=_check, args=(rank, size, port, check), daemon=True))
+        started[-1].start()
+    for process in started:
+        process.join(60)
+    return [process.exitcode for process in started]
+
+
+def _check(rank: int, size: int, port: int, check: Callable[[], object]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    check()
+    dist.destroy_process_group()
