@@ -76,6 +76,8 @@ def _reduce(call: _Call) -> _Cost:
 def _product(call: _Call) -> _Cost:
     update = (call["M"] + call["N"]) * call["R"] * _tensor(call.arguments, "left").element_size()
     read = call.bytes("x", "weight") + update + (call.bytes("bias") if call["BIAS"] else 0)
+    # not one of the pointers' constants
+    read += call.bytes("gelu_input") if call.arguments.get("GELU") else 0
     return read, call.bytes("y"), 2 * call["M"] * call["N"] * (call["K"] + call["R"])
 
 
