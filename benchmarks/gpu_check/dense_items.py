@@ -11,6 +11,8 @@ from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.lora_items import DTYPES, precision
 from benchmarks.gpu_check.pool import Item, Setting
 from lorakernels import frozen_linear, layer_norm_shrink, linear_cross_entropy
+from lorakernels.ops.frozen_linear.implementations import fused
+from lorakernels.ops.frozen_linear.reference import Problem as FrozenProblem
 from lorakernels.ops.layer_norm_shrink import check as norm_check
 from lorakernels.ops.layer_norm_shrink import implementations as norm_implementations
 from lorakernels.ops.linear_cross_entropy import aten, check
@@ -95,7 +97,7 @@ def check_odd_loss(findings: Findings, setting: Setting, dtype: str) -> None:
 
 
 def check_frozen(findings: Findings, setting: Setting, dtype: str) -> None:
-    """The layer alone and after GELU, at BLOOM's sizes and odd ones."""
+    """The layer alone and after GELU, at BLOOM's sizes and odd ones, and every kernel for its gradient."""
     shapes = setting.pick(
         ((8192, 8192, 2048), (8192, 2048, 8192), (131, 517, 77)), ((40, 64, 48), (13, 51, 7))
     )
@@ -119,6 +121,12 @@ def check_frozen(findings: Findings, setting: Setting, dtype: str) -> None:
                 findings.compare(
                     f"{name}: {result}", one, exactly, x.dtype,
                     operands=x.dtype, terms=terms, roundings=2,
+                )  # fmt: skip
+            problem = FrozenProblem(dy, stored, x)
+            for one in fused(problem) if with_gelu else ():
+                findings.compare(
+                    f"{name}: dx, {one.name}", one.backward(*problem), exact[1], x.dtype,
+                    operands=x.dtype, terms=n, roundings=one.roundings,
                 )  # fmt: skip
 
 

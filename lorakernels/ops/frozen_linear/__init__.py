@@ -74,7 +74,7 @@ class _Saved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, gelu: bool) -> torch.Tensor:
         ctx.save_for_backward(weight, *([x] if gelu else []))
-        return x.new_empty(()).expand(*x.shape[:-1], len(weight))
+        return x.new_empty(1).expand(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):

@@ -24,6 +24,9 @@ REFERENCE = Implementation("reference", aten.forward, reference.backward)
 # the vendor's product is rounded before it is multiplied by GELU's derivative
 ATEN = Implementation("aten", aten.forward, aten.backward, roundings=2)
 
+# `chip_traits` where Triton's interpreter runs a kernel: those of the chips that have it
+INTERPRETED = 9, 227 * 1024
+
 
 def select(problem: Problem) -> Implementation:
     """The implementation of the gradient of one problem, the faster one where there are several."""
@@ -53,7 +56,7 @@ def select(problem: Problem) -> Implementation:
 def fused(problem: Problem) -> tuple[Implementation, ...]:
     """The kernel with every tile that is offered for a problem: none where its GEMM cannot run."""
     weight = problem.weight
-    if not (weight.is_cuda and weight.dtype.itemsize == 2 and has_triton()):
+    if weight.dtype.itemsize != 2 or not has_triton():
         return ()
     # imported here: a CPU user need not have Triton
     from lorakernels.ops.lora_linear.triton.tma_gemm import describable
@@ -61,7 +64,8 @@ def fused(problem: Problem) -> tuple[Implementation, ...]:
     stored = weight if weight.stride(1) == 1 else weight.T
     if not (is_aligned(weight.dtype, *weight.shape) and describable(stored)):
         return ()
-    return _with_shipped_tiles(weight.dtype, *chip_traits(weight.device))
+    traits = INTERPRETED if weight.is_cpu else chip_traits(weight.device)
+    return _with_shipped_tiles(weight.dtype, *traits)
 
 
 @functools.cache

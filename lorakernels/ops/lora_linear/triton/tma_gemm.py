@@ -44,8 +44,8 @@ def gelu_derivative(x):
     """gelu'(x) in float32, for gelu(x) = x·sigmoid(2·sqrt(2/π)·(x + 0.044715·x³)), which is the tanh form."""
     x = x.to(tl.float32)
     square = x * x
-    sigmoid = tl.sigmoid(TWICE_SLOPE * x * (1.0 + CUBIC * square))
-    return sigmoid * (1.0 + TWICE_SLOPE * x * (1.0 - sigmoid) * (1.0 + 3.0 * CUBIC * square))
+    sigmoid = 1.0 / (1.0 + tl.exp(-x * TWICE_SLOPE * (1.0 + square * CUBIC)))
+    return sigmoid * (1.0 + x * TWICE_SLOPE * (1.0 - sigmoid) * (1.0 + 3.0 * (square * CUBIC)))
 
 
 @triton.jit
