@@ -30,9 +30,10 @@ def frozen_linear(
 
     x [..., K], weight [N, K], bias [N] or None, of one floating dtype; returns [..., N] of that dtype. gelu
     is the tanh form, 0.5·x·(1 + tanh(sqrt(2/π)·(x + 0.044715·x³))), of Hendrycks and Gimpel (2016,
-    arXiv:1606.08415). Under autocast x, weight and bias are cast to its dtype first. Small products and
-    those of a GPU are `F.linear`'s; on a CPU the faster library multiplies, and where it multiplies float32
-    faster than the weight's 16 bits, the weight is cast block by block.
+    arXiv:1606.08415). Under autocast x, weight and bias are cast to its dtype first. On a CPU small products
+    are `F.linear`'s; of others the faster library multiplies, and where it multiplies float32 faster than the
+    weight's 16 bits, the weight is cast block by block. On a GPU the products are `F.linear`'s; the gradient
+    through GELU is the faster of several implementations, which LORAKERNELS_BACKEND forces.
 
     Raises ValueError if weight or bias requires a gradient or the shapes do not fit, TypeError on mixed
     dtypes.
@@ -66,9 +67,9 @@ def _is_operator(x: torch.Tensor, weight: torch.Tensor, gelu: bool) -> bool:
 class _Saved(torch.autograd.Function):
     """Save what the gradient needs, and return a tensor of the result's shape that stands for it in autograd.
 
-    It has no values. Autograd saves what a function needs once it is done; saved here, it is before the layer
-    computes anything. Checkpointing, which computes again until everything is saved that was, then computes
-    neither GELU nor the product again.
+    That tensor has no values. Autograd saves a function's tensors when its forward returns; here that is
+    before the layer computes anything. Checkpointing stops its recomputation as soon as everything is saved
+    again, and so computes neither GELU nor the product a second time.
     """
 
     @staticmethod
