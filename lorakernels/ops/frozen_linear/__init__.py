@@ -73,9 +73,13 @@ class _Saved(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, gelu: bool) -> torch.Tensor:
-        ctx.save_for_backward(weight, *([x] if gelu else []))
+    def forward(x: torch.Tensor, weight: torch.Tensor, gelu: bool) -> torch.Tensor:
         return x.new_empty(1).expand(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, gelu = inputs
+        ctx.save_for_backward(weight, *([x] if gelu else []))
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
