@@ -50,13 +50,13 @@ def gelu_derivative(x):
 
 @triton.jit
 def lora_linear_tma_kernel(
-    # descriptors: x [M, K], weight [N, K] or [K, N], left [M, R], right [N, R] or [R, N], y [M, N],
-    # gelu_input [M, N]
+    # descriptors: x [M, K], weight [N, K] or [K, N], y [M, N];
+    # left [M, R], right [N, R] or [R, N] or None; gelu_input [M, N] or None
     x_desc,
     weight_desc,
+    y_desc,
     left_desc,
     right_desc,
-    y_desc,
     gelu_input_desc,
     # data: bias [N]
     bias_ptr,
@@ -152,23 +152,25 @@ def product(
     by_rows = weight.stride(1) == 1
     bias = None if bias is None else bias.contiguous()
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    left, right, ranks = x, weight, 0
-    if update is not None:
-        left, right = (one.values[:, : one.columns] for one in update)
-        ranks = update[0].columns
-    if not by_rows:
-        weight, right = weight.T, right.T
     block_x = (tile.block_m, tile.block_k)
     block_weight = (tile.block_n, tile.block_k) if by_rows else (tile.block_k, tile.block_n)
     # with GELU a tile is stored by halves
     block_y = (tile.block_m, tile.block_n if gelu_input is None else tile.block_n // 2)
+    left_desc = right_desc = gelu_input_desc = None
+    ranks = 0
+    if update is not None:
+        left, right = (one.values[:, : one.columns] for one in update)
+        left_desc = descriptor(left, block_x)
+        right_desc = descriptor(right if by_rows else right.T, block_weight)
+        ranks = left.shape[1]
+    if gelu_input is not None:
+        gelu_input_desc = descriptor(gelu_input, block_y)
     programs = multiprocessors(x.device)
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     launch(
         lora_linear_tma_kernel, (min(programs, tiles),),
-        descriptor(x, block_x), descriptor(weight, block_weight),
-        descriptor(left, block_x), descriptor(right, block_weight), descriptor(y, block_y),
-        descriptor(y if gelu_input is None else gelu_input, block_y),
+        descriptor(x, block_x), descriptor(weight if by_rows else weight.T, block_weight),
+        descriptor(y, block_y), left_desc, right_desc, gelu_input_desc,
         x if bias is None else bias, x if seed is None else seed,
         m, n, k, ranks,
         dropout_p,
