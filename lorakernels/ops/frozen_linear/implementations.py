@@ -1,7 +1,7 @@
 """The implementations of the layer after GELU on a GPU, and the choice between them for a problem.
 
-They differ in the gradient. In the forward pass the vendor's GEMM is faster than the one with an epilogue, by
-more than reading and writing gelu(x) takes (measured on an H200).
+They differ in the gradient. In the forward pass a kernel that wrote gelu(x) beside x would save one reading
+of x, 31 us of 434 in BLOOM-1b7 (computed); its GEMM was up to 11% slower than the vendor's on an H200.
 """
 
 import functools
@@ -31,6 +31,9 @@ INTERPRETED = 9, 227 * 1024
 def select(problem: Problem) -> Implementation:
     """The implementation of the gradient of one problem, the faster one where there are several."""
     weight, rows = problem.weight, len(problem.dy)
+    # an empty result needs no kernel, and GPU grids cannot be empty
+    if problem.dy.numel() == 0 or problem.x.numel() == 0:
+        return ATEN
     backend = dispatch.default_backend()
     if backend == "auto":
         chosen = (ATEN, *fused(problem))

@@ -109,6 +109,12 @@ def test_a_forced_kernel_that_cannot_run_leaves_it_to_torch(measured, monkeypatc
     assert select(fake_problem()) is ATEN
 
 
+@pytest.mark.parametrize("sizes", [{"rows": 0}, {"n": 0}, {"k": 0}], ids=str)
+def test_a_forced_kernel_has_no_empty_grid(sizes, measured, monkeypatch):
+    monkeypatch.setenv("LORAKERNELS_BACKEND", "triton")
+    assert select(fake_problem(**sizes)) is ATEN
+
+
 def halved(*problem: torch.Tensor) -> torch.Tensor:
     return reference.backward(*problem) / 2
 
