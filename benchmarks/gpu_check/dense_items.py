@@ -13,6 +13,8 @@ from benchmarks.gpu_check.pool import Item, Setting
 from lorakernels import add_layer_norm, frozen_linear, layer_norm_shrink, linear_cross_entropy
 from lorakernels.ops.add_layer_norm import check as sum_check
 from lorakernels.ops.add_layer_norm import implementations as sum_implementations
+from lorakernels.ops.frozen_linear.implementations import fused
+from lorakernels.ops.frozen_linear.reference import Problem as FrozenProblem
 from lorakernels.ops.layer_norm_shrink import check as norm_check
 from lorakernels.ops.layer_norm_shrink import implementations as norm_implementations
 from lorakernels.ops.linear_cross_entropy import aten, check
@@ -98,7 +100,7 @@ def check_odd_loss(findings: Findings, setting: Setting, dtype: str) -> None:
 
 
 def check_frozen(findings: Findings, setting: Setting, dtype: str) -> None:
-    """The layer alone and after GELU, at BLOOM's sizes and odd ones."""
+    """The layer alone and after GELU, at BLOOM's sizes and odd ones, and every kernel for its gradient."""
     shapes = setting.pick(
         ((8192, 8192, 2048), (8192, 2048, 8192), (131, 517, 77)), ((40, 64, 48), (13, 51, 7))
     )
@@ -122,6 +124,12 @@ def check_frozen(findings: Findings, setting: Setting, dtype: str) -> None:
                 findings.compare(
                     f"{name}: {result}", one, exactly, x.dtype,
                     operands=x.dtype, terms=terms, roundings=2,
+                )  # fmt: skip
+            problem = FrozenProblem(dy, stored, x)
+            for one in fused(problem) if with_gelu else ():
+                findings.compare(
+                    f"{name}: dx, {one.name}", one.backward(*problem), exact[1], x.dtype,
+                    operands=x.dtype, terms=n, roundings=one.roundings,
                 )  # fmt: skip
 
 

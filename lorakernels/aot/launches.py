@@ -6,16 +6,22 @@ alignment) from them as it does at a launch.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorakernels import add_layer_norm, layer_norm_shrink, linear_cross_entropy, lora_linear
+from lorakernels import (
+    add_layer_norm,
+    frozen_linear,
+    layer_norm_shrink,
+    linear_cross_entropy,
+    lora_linear,
+)
 from lorakernels.aot.chips import Chip
 from lorakernels.ops.lora_linear.implementations import is_aligned
-from lorakernels.ops.lora_linear.triton.tiles import shipped_gemms
+from lorakernels.ops.lora_linear.triton.tiles import Family, shipped_gemms
 from lorakernels.trace.calls import KernelCall
 from lorakernels.trace.cases import forward_and_backward
 from lorakernels.trace.pretend import trace_case
@@ -128,6 +134,21 @@ class _Sum:
 
 
 @dataclass(frozen=True)
+class _AfterGelu:
+    """A frozen linear layer after GELU, of a dtype (a key of DTYPES) and sizes M, N and K."""
+
+    dtype: str
+    sizes: tuple[int, int, int]
+    by_columns: bool
+
+    def __call__(self, trace: Trace) -> None:
+        (m, n, k), dtype = self.sizes, DTYPES[self.dtype][0]
+        x, bias = _empty(dtype, m, k, trained=True), _empty(dtype, n)
+        weight = _empty(dtype, k, n).T if self.by_columns else _empty(dtype, n, k)
+        forward_and_backward(trace, lambda: frozen_linear(x, weight, bias, gelu=True))
+
+
+@dataclass(frozen=True)
 class _Loss:
     """The cross entropy of a trained head; trained: whether hidden is, too."""
 
@@ -156,6 +177,7 @@ def launches(chip: Chip, dtype: str, *, everything: bool = True) -> list[Launch]
             *_layers(chip, dtype, everything),
             *_norms(chip, dtype, everything),
             *_sums(chip, dtype, everything),
+            *_after_gelu(chip, dtype, everything),
             *_losses(chip, dtype),
         ]
         return list(dict.fromkeys(launches))
@@ -184,6 +206,8 @@ def _role(call: KernelCall, direction: str, by_columns: bool) -> str:
     role = _ROLES.get(call.name) or ("forward" if direction == "forward" else "dx")
     if call.name == "lora_linear_reduce_kernel" and arguments["PACKED"]:
         role = "reduce and pack"
+    if arguments.get("GELU"):
+        role += " through GELU"
     if arguments.get("DROPOUT"):
         role += " with dropout"
     # the others do not see the weight
@@ -209,6 +233,18 @@ def _sums(chip: Chip, dtype: str, everything: bool) -> Iterator[Launch]:
             yield Launch(f"{_ROLES[call.name]}{' alone' if alone else ''}{shape}", "row", call)
 
 
+def _after_gelu(chip: Chip, dtype: str, everything: bool) -> Iterator[Launch]:
+    operands = DTYPES[dtype][0]
+    # where the product is not by TMA the layer launches no kernel of ours
+    offered = shipped_gemms(operands, chip.traits, aligned=True, masked=False)
+    tma = [gemm for gemm in offered if gemm.family is Family.TMA]
+    for gemm, shape, by_columns in itertools.product(tma, ("", RAGGED), (False, True)):
+        if (by_columns or (shape == RAGGED and gemm != tma[0])) and not everything:
+            continue
+        for direction, call in _calls(chip, f"triton:{gemm}", _AfterGelu(dtype, SIZES[shape], by_columns)):
+            yield Launch(_role(call, direction, by_columns) + shape, str(gemm), call)
+
+
 def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:
     for shape, trained in itertools.product(LOSS_SIZES, (True, False)):
         for _, call in _calls(chip, "", _Loss(dtype, LOSS_SIZES[shape], trained)):
@@ -216,7 +252,7 @@ def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:
             yield Launch(f"{_ROLES[call.name]}{'' if gradient else ' without gradient'}{shape}", "row", call)
 
 
-def _calls(chip: Chip, backend: str, run: _Layer | _Norm | _Sum | _Loss) -> Iterator[tuple[str, KernelCall]]:
+def _calls(chip: Chip, backend: str, run: Callable[[Trace], None]) -> Iterator[tuple[str, KernelCall]]:
     """The passes and kernel calls of run on that chip, in order."""
     reads = {"nonzero": len, "tolist": lambda _: [0, 1]}
     trace = trace_case(Case("compiled", f"lorakernels:{backend}", run, reads), chip)

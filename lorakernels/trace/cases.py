@@ -17,6 +17,7 @@ from lorakernels import (
 from lorakernels.trace.record import Case, Trace
 
 M, K, N, RANKS, SCALE = 8192, 2048, 6144, (8, 64), 4.0
+INNER = 4 * K  # width between the two layers of the feed-forward part
 BATCH, HEADS, LENGTH, WIDTH = 4, 16, 2048, 128
 VOCABULARY = 250_880
 DTYPE = torch.bfloat16
@@ -25,11 +26,14 @@ LOSS_READS = {"nonzero": len, "tolist": lambda _: [0, VOCABULARY - 1]}
 
 
 def cases() -> Iterator[Case]:
-    """The layer, the loss, attention and layer norms, by every implementation for CUDA; a frozen layer."""
+    """The layers, the loss, attention and layer norms, by every implementation for CUDA; a frozen layer."""
     for rank in RANKS:
         yield Case(layer_name(rank), "frozen", _frozen)
         for backend in ("aten", "triton", "triton:vendor"):
             yield Case(layer_name(rank), f"lorakernels:{backend}", _layer(rank))
+    down = f"frozen_linear after GELU M={M} K={INNER} N={K} bfloat16"
+    for backend in ("aten", "triton"):
+        yield Case(down, f"lorakernels:{backend}", _frozen_after_gelu)
     loss = f"linear_cross_entropy T={M} H={K} V={VOCABULARY} bfloat16"
     yield Case(loss, "lorakernels:triton", _loss, LOSS_READS)
     attention = f"alibi_attention B={BATCH} heads={HEADS} T={LENGTH} D={WIDTH} bfloat16"
@@ -79,6 +83,11 @@ def _add_layer_norm(trace: Trace) -> None:
 def _frozen(trace: Trace) -> None:
     x, weight, bias = empty(M, K, trained=True), empty(N, K), empty(N)
     forward_and_backward(trace, lambda: frozen_linear(x, weight, bias))
+
+
+def _frozen_after_gelu(trace: Trace) -> None:
+    x, weight, bias = empty(M, INNER, trained=True), empty(K, INNER), empty(K)
+    forward_and_backward(trace, lambda: frozen_linear(x, weight, bias, gelu=True))
 
 
 def _loss(trace: Trace) -> None:

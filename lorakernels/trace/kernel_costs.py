@@ -74,8 +74,11 @@ def _reduce(call: _Call) -> _Cost:
 
 
 def _product(call: _Call) -> _Cost:
-    update = (call["M"] + call["N"]) * call["R"] * _tensor(call.arguments, "left").element_size()
+    # without an update R is 0; its factors are in x's dtype
+    update = (call["M"] + call["N"]) * call["R"] * _tensor(call.arguments, "x").element_size()
     read = call.bytes("x", "weight") + update + (call.bytes("bias") if call["BIAS"] else 0)
+    # which the kernel with pointers does not have
+    read += call.bytes("gelu_input") if call.arguments.get("GELU") else 0
     return read, call.bytes("y"), 2 * call["M"] * call["N"] * (call["K"] + call["R"])
 
 

@@ -4,13 +4,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.gpu_check.pool import Item
-from benchmarks.gpu_check.speed import attention_items, block_items, layer_items, loss_items, step_items
+from benchmarks.gpu_check.speed import (
+    attention_items,
+    block_items,
+    gelu_items,
+    layer_items,
+    loss_items,
+    step_items,
+)
 from benchmarks.gpu_check.speed.sides import EAGER, WARM
 
 
 def speed_items() -> list[Item]:
     """In the order in which they are timed, one at a time."""
-    modules = (step_items, layer_items, loss_items, attention_items, block_items)
+    modules = (step_items, layer_items, loss_items, attention_items, block_items, gelu_items)
     return [item for module in modules for item in module.items()]
 
 

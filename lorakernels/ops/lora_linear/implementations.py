@@ -41,12 +41,16 @@ def triton_implementations(problem: Problem, direction: Direction) -> tuple[Impl
     x = problem.x
     if x.is_cpu:
         return _interpreted(x.dtype)
-    properties = dispatch.device_properties(x.device)
-    major = 0 if torch.version.hip else properties.major
     # under dropout the update of dx is masked, and x is before S is made
     masked = direction == "backward" and problem.dropout_p > 0
     aligned = is_aligned(x.dtype, *problem.weight.shape)
-    return _with_shipped_gemms(x.dtype, major, properties.shared_memory_per_block_optin, aligned, masked)
+    return _with_shipped_gemms(x.dtype, *chip_traits(x.device), aligned, masked)
+
+
+def chip_traits(device: torch.device) -> tuple[int, int]:
+    """What `tiles.Chip` says of a GPU."""
+    properties = dispatch.device_properties(device)
+    return 0 if torch.version.hip else properties.major, properties.shared_memory_per_block_optin
 
 
 def is_aligned(dtype: torch.dtype, n: int, k: int) -> bool:

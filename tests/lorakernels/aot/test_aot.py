@@ -67,6 +67,9 @@ def test_every_kernel_is_compiled_at_every_rank_and_for_ragged_rows(records):
         assert {arch for arch, _ in compiled(role)} == ARCHS
         assert compiled(f"{role}, ragged") < compiled(role)
         assert {arch for arch, _ in compiled(f"{role}, ragged")} == ARCHS
+    # elsewhere it is the vendor's product
+    for shape in ("", ", ragged"):
+        assert {arch for arch, _ in compiled(f"dx through GELU{shape}")} == {"sm_90", "sm_100"}
     for role in ("forward", "forward without gradient", "weight gradient"):
         for shape in ("", ", ragged"):
             assert compiled(f"cross entropy {role}{shape}") == {(arch, "row") for arch in ARCHS}

@@ -12,7 +12,10 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from lorakernels import add_layer_norm, layer_norm_shrink, lora_linear
+from lorakernels.ops.frozen_linear import check
+from lorakernels.ops.frozen_linear import triton as frozen_linear
 from lorakernels.ops.linear_cross_entropy import triton as cross_entropy
+from lorakernels.ops.lora_linear.triton.tiles import Tile
 from lorakernels.trace import kernel_costs
 from lorakernels.trace.record import Launch
 
@@ -52,13 +55,13 @@ def observed() -> Iterator[list[Observed]]:
         addresses, chosen = np.broadcast_arrays(pointers.data, mask.data)
         return dict.fromkeys(addresses[chosen].tolist(), size)
 
-    def observed_load(self, pointers, mask, *others):
+    def observed_load(self, pointers, mask, *others, **options):
         found[-1].loaded |= touched(pointers, mask)
-        return load(self, pointers, mask, *others)
+        return load(self, pointers, mask, *others, **options)
 
-    def observed_store(self, pointers, value, mask, *others):
+    def observed_store(self, pointers, value, mask, *others, **options):
         found[-1].stored |= touched(pointers, mask)
-        return store(self, pointers, value, mask, *others)
+        return store(self, pointers, value, mask, *others, **options)
 
     with (
         patch.object(InterpretedFunction, "run", run),
@@ -106,6 +109,16 @@ def test_the_sum_with_its_layer_norm(observed, adds):
     for one in observed:
         loaded, stored = sum(one.loaded.values()), sum(one.stored.values())
         assert (loaded, stored) == (one.launch.read, one.launch.written), one.launch
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_the_gradient_through_gelu(observed, by_columns):
+    weight = torch.randn(N, K).bfloat16()
+    problem = check.random_problem(M, weight.T.contiguous().T if by_columns else weight)
+    frozen_linear.backward(*problem, tile=Tile(32, 64, 32, 4, 2))
+    (one,) = observed
+    assert (sum(one.loaded.values()), sum(one.stored.values())) == (one.launch.read, one.launch.written)
+    assert one.launch.flops == 2 * M * N * K
 
 
 def test_the_loss(observed):

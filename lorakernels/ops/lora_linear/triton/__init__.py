@@ -92,7 +92,9 @@ def _product(
             raise ValueError("gemm: the vendor's cannot mask the update of dx, got a problem with dropout")
         return vendor_gemm.product(x, weight, bias, left, right)
     if gemm.family is Family.TMA and tma_gemm.addressable(x, weight):
-        return tma_gemm.product(x, weight, bias, left, right, dropout_p, seed, gemm.tile)
+        return tma_gemm.product(
+            x, weight, gemm.tile, bias=bias, update=(left, right), dropout_p=dropout_p, seed=seed
+        )
     if gemm.family is not Family.POINTER:
         gemm = default_gemm(x.dtype)
     return pointer_gemm.product(x, weight, bias, left, right, dropout_p, seed, gemm.tile)
