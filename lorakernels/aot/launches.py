@@ -17,6 +17,7 @@ from lorakernels import (
     frozen_linear,
     layer_norm_shrink,
     linear_cross_entropy,
+    linear_cross_entropy_in_blocks,
     lora_linear,
 )
 from lorakernels.aot.chips import Chip
@@ -150,18 +151,23 @@ class _AfterGelu:
 
 @dataclass(frozen=True)
 class _Loss:
-    """The cross entropy of a trained head; trained: whether hidden is, too."""
+    """The cross entropy of a trained head, or of one in blocks; trained: whether hidden is, too."""
 
     dtype: str
     sizes: tuple[int, int, int]
     trained: bool
+    in_blocks: bool
 
     def __call__(self, trace: Trace) -> None:
         (rows, width, vocabulary), dtype = self.sizes, DTYPES[self.dtype][0]
         hidden = _empty(dtype, rows, width, trained=self.trained)
         weight = _empty(dtype, vocabulary, width, trained=True)
         labels = _empty(torch.int64, rows)
-        forward_and_backward(trace, lambda: linear_cross_entropy(hidden, weight, labels))
+        if not self.in_blocks:
+            forward_and_backward(trace, lambda: linear_cross_entropy(hidden, weight, labels))
+            return
+        with trace.recording("forward"):
+            linear_cross_entropy_in_blocks(hidden, weight.detach().chunk(2), labels)
 
 
 def launches(chip: Chip, dtype: str, *, everything: bool = True) -> list[Launch]:
@@ -246,10 +252,15 @@ def _after_gelu(chip: Chip, dtype: str, everything: bool) -> Iterator[Launch]:
 
 
 def _losses(chip: Chip, dtype: str) -> Iterator[Launch]:
-    for shape, trained in itertools.product(LOSS_SIZES, (True, False)):
-        for _, call in _calls(chip, "", _Loss(dtype, LOSS_SIZES[shape], trained)):
+    for shape, trained, in_blocks in itertools.product(LOSS_SIZES, (True, False), (False, True)):
+        # of the kernel for a block, what takes the most registers
+        if in_blocks and (shape != RAGGED or not trained):
+            continue
+        for _, call in _calls(chip, "", _Loss(dtype, LOSS_SIZES[shape], trained, in_blocks)):
+            part = " of a block" if in_blocks else ""
             gradient = dict(call.arguments).get("WITH_GRADIENT", True)
-            yield Launch(f"{_ROLES[call.name]}{'' if gradient else ' without gradient'}{shape}", "row", call)
+            role = f"{_ROLES[call.name]}{part}{'' if gradient else ' without gradient'}{shape}"
+            yield Launch(role, "row", call)
 
 
 def _calls(chip: Chip, backend: str, run: Callable[[Trace], None]) -> Iterator[tuple[str, KernelCall]]:
