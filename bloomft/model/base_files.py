@@ -140,7 +140,7 @@ def check_complete(missing: Collection[str], unexpected: Collection[str], where:
             raise UserError(f"{where}: {verb} {min(names)} ({len(names)} such tensors)")
 
 
-def fingerprint(model: BloomForCausalLM, files: Sequence[Path]) -> str:
+def fingerprint(model: BloomForCausalLM, files: Sequence[Path] = ()) -> str:
     """40 hexadecimal digits: a hash of every byte of every parameter, and of `_ARCHITECTURE`.
 
     Take it in the stored dtype, before any cast; a parameter on the meta device is read from ``files``. It

@@ -37,7 +37,7 @@ def test_a_fingerprint_is_remembered_until_a_file_changes(base_copy, tmp_path, m
     monkeypatch.setattr(base_files, "REMEMBERED_FROM", 0)
     made = []
     real = base_files.fingerprint
-    monkeypatch.setattr(base_files, "fingerprint", lambda model: made.append(1) or real(model))
+    monkeypatch.setattr(base_files, "fingerprint", lambda *given: made.append(1) or real(*given))
     file, cache = base_copy / "model.safetensors", tmp_path / "cache"
     model = BloomForCausalLM.from_pretrained(base_copy)
 
