@@ -40,7 +40,8 @@ def shard_base(
     vocabulary = cast(nn.Parameter, embedding.weight)
     kept = {parameter for parameter in model.parameters() if parameter.requires_grad}
     kept.add(vocabulary)
-    policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    # only memory that a GPU reads by itself has to be pinned
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, ignored_params=kept, offload_policy=policy)
     # the layer norms, and what makes the blocks know of each other
@@ -50,9 +51,9 @@ def shard_base(
     size = sum(parameter.nbytes for parameter in frozen.values()) // mesh.size()
     with waiting("reading this process's part of the base,", size, in_bytes=True) as wait:
         for name, parameter in frozen.items():
-            where = torch.device("cpu") if cpu_offload and parameter is not vocabulary else device
-            shards[name] = _shard(parameter, stored, name, mesh, where)
-            wait.advance(shards[name].to_local().nbytes)
+            shard = _shard(parameter, stored, name, mesh, device)
+            shards[name] = shard.cpu() if cpu_offload and parameter is not vocabulary else shard
+            wait.advance(held_bytes(shard))
     embedding.weight = head.weight = nn.Parameter(
         shards.pop("transformer.word_embeddings.weight"), requires_grad=False
     )

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import BloomForCausalLM
@@ -14,7 +15,7 @@ from bloomft.data.rows import PackedDataset
 from bloomft.errors import UserError
 from bloomft.model.base import Base, load_base, patch_base
 from bloomft.model.compiled_blocks import compile_blocks
-from bloomft.model.fused_classes import checkpoint_blocks
+from bloomft.model.fused_classes import FusedBloomForCausalLM, checkpoint_blocks
 from bloomft.model.patch import adapted_layers, adapter_state
 from bloomft.model.sharding import held_bytes, shard_base
 from bloomft.ranks import Ranks
@@ -67,6 +68,8 @@ def set_up(config: Config, device: torch.device, ranks: Ranks | None = None) -> 
     torch.manual_seed(config.data.random_state)
     model = patch_base(base, config.model.lora, device, dtype, least_tokens)
     if sharded:
+        if not cast(FusedBloomForCausalLM, model).fuses_loss({}):
+            raise UserError("train.strategy: fsdp: the base asks for another loss than BLOOM's; use ddp")
         shard_base(model, base.files, device, cpu_offload=config.train.cpu_offload)
     draws = draws_random_numbers(model)
     if draws and ranks.size > 1:

@@ -243,9 +243,13 @@ class RunState:
             "window": {"loss": self.window.loss.item(), "labels": self.window.labels},
             "kernels": kernel_choices(),
             "precision": precision_of(self.model.dtype),
-            "cuda_graph": self._graph is not None if self.model.device.type == "cuda" else None,
+            "cuda_graph": self._graph is not None if self._may_be_captured() else None,
             "base_eval_loss": self.base_eval_loss,
         }
+
+    def _may_be_captured(self) -> bool:
+        """Whether there was a choice between a CUDA graph and none, which a resumed run keeps."""
+        return self.model.device.type == "cuda" and not is_sharded(self.model)
 
     def load_state_dict(self, state: dict[str, Any], then: OptimConfig) -> None:
         """Restore ``state``, saved under the settings ``then``; rates and the like follow those of now.

@@ -24,11 +24,11 @@ def loaded(folder, *, weights: bool):
     return base, patch_base(base, lora, CPU, torch.float32)
 
 
-def compare(folder) -> None:
+def compare(folder, *, cpu_offload: bool = False) -> None:
     _, whole = loaded(folder, weights=True)
     base, model = loaded(folder, weights=False)
     assert not is_sharded(model)
-    shard_base(model, base.files, CPU)
+    shard_base(model, base.files, CPU, cpu_offload=cpu_offload)
     assert is_sharded(model)
     parameters, size = dict(model.named_parameters()), torch.distributed.get_world_size()
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
@@ -42,6 +42,18 @@ def compare(folder) -> None:
         assert held_bytes(mine) <= -(-len(parameter) // size) * parameter[:1].nbytes
         assert torch.equal(mine.full_tensor(), parameter)
     assert not parameters
+    ids = torch.arange(40).view(2, 20) * 7 % 384
+    losses = [one.train()(ids, labels=ids).loss for one in (model, whole)]
+    torch.testing.assert_close(*losses)
+    gradients = [
+        torch.autograd.grad(loss, [each for each in one.parameters() if each.requires_grad])
+        for loss, one in zip(losses, (model, whole), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_shards_may_stay_in_host_memory(base_folder):
+    assert run_together(2, functools.partial(compare, base_folder, cpu_offload=True)) == [0, 0]
 
 
 @pytest.mark.parametrize("size", [2, 3])
