@@ -96,6 +96,8 @@ def load_base(config: TransformerConfig, *, weights: bool = True) -> Base:
             else:
                 with torch.device("meta"):
                     model = BloomForCausalLM(settings).eval()
+                if model.lm_head.weight is not model.transformer.word_embeddings.weight:
+                    raise UserError(f"{name}: its head is not the embedding; train.strategy=ddp can train it")
                 torch.nn.Module.to(model, dtype)
                 StoredTensors(files).check_complete(model, where)
         if len(stored) > 1:

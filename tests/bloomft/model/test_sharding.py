@@ -1,6 +1,7 @@
 """What a process reads of a sharded base, and what it has to be."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -93,6 +94,13 @@ def test_what_is_missing_or_too_much_is_a_line(base_copy, change, message, weigh
     save_file(tensors, base_copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=message):
         loaded(base_copy, weights=weights)
+
+
+def test_a_head_of_its_own_is_a_line(base_copy):
+    described = json.loads((base_copy / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (base_copy / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="its head is not the embedding; train.strategy=ddp can train it"):
+        loaded(base_copy, weights=False)
 
 
 def test_a_stand_in_has_the_shape_and_the_adapter_and_draws_no_random_number(base_folder):
