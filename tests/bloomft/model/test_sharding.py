@@ -99,7 +99,7 @@ def test_what_is_missing_or_too_much_is_a_line(base_copy, change, message, weigh
 def test_a_head_of_its_own_is_a_line(base_copy):
     described = json.loads((base_copy / "config.json").read_text()) | {"tie_word_embeddings": False}
     (base_copy / "config.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match="its head is not the embedding; train.strategy=ddp can train it"):
+    with pytest.raises(UserError, match=r"its head is not the embedding; train.strategy=ddp can train it"):
         loaded(base_copy, weights=False)
 
 
