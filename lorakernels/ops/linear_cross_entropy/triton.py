@@ -20,7 +20,7 @@ from lorakernels.launching import launch
 from lorakernels.ops.linear_cross_entropy import aten
 
 # Each buffer of logits reads the whole head twice; a small device gives it this share of its memory.
-BUFFER_BYTES, BUFFER_SHARE = 2**30, 1 / 64
+BUFFER_BYTES, BUFFER_SHARE = 384 * 2**20, 1 / 64
 BLOCK = 4096
 # How far a maximum may lie above the shift: exp() of it is finite in the dtype, and sums of it in float32.
 HEADROOM = {torch.float16: 10.0, torch.bfloat16: 60.0, torch.float32: 60.0}
@@ -138,6 +138,8 @@ def forward(
             _exponentiate(logits, labels[part], losses[part], statistics[part], with_gradient, whole=True)
             if gradient is not None:
                 _multiply(logits, weight, out=gradient[part])
+        # before the labels' rows are taken: all that a model saves for its backward pass is there already
+        del buffer, logits
     if gradient is not None:
         gradient.mul_(statistics[:, 1:]).addcmul_(weight[labels], torch.expm1(-losses)[:, None])
     return losses, statistics, gradient
