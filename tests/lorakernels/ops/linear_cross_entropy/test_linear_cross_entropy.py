@@ -172,7 +172,7 @@ def test_rows_whose_maximum_keeps_rising_are_right(dtype, by_triton, monkeypatch
         assert failures(results, hidden, weight, labels, "sum", dtype.itemsize == 2) == []
 
 
-@pytest.mark.parametrize(("memory", "lines"), [(8, 128 * 2**20), (80, 2**30), (192, 2**30)])
+@pytest.mark.parametrize(("memory", "lines"), [(8, 128 * 2**20), (80, 384 * 2**20), (192, 384 * 2**20)])
 def test_the_buffer_is_a_share_of_a_small_device(memory, lines, by_triton, monkeypatch):
     properties = SimpleNamespace(total_memory=memory * 2**30)
     monkeypatch.setattr(by_triton.dispatch, "device_properties", lambda _: properties)
