@@ -38,8 +38,9 @@ def select(problem: Problem) -> Implementation:
     if backend == "auto":
         chosen = (ATEN, *fused(problem))
     else:
-        # the LoRA linear's names; what none of these has is torch's
-        named = (one for one in fused(problem) if backend in (one.name, one.name.split(":")[0]))
+        # a backend of the LoRA linear: what has no counterpart here leaves it to torch
+        offered = (REFERENCE, ATEN, *fused(problem))
+        named = (one for one in offered if backend in (one.name, one.name.split(":")[0]))
         chosen = tuple(named) or (ATEN,)
     # a small one takes no longer than its launches
     if chosen == (ATEN,) or not dispatch.is_large(rows, weight):
