@@ -48,7 +48,7 @@ def select(problem: Problem) -> Implementation:
     described = _described(
         dispatch.device_name(weight.device),
         dispatch.dtype_name(weight.dtype),
-        1 << (rows - 1).bit_length(),
+        dispatch.rounded_rows(rows),
         *weight.shape,
         weight.stride(1) != 1,
         backend,
@@ -95,7 +95,7 @@ def _described(device: str, dtype: str, rows: int, n: int, k: int, by_columns: b
     return (
         f"frozen_linear backward through GELU on {device}, {dtype}, M<={rows} N={n} K={k}"
         f"{', weight stored by columns' if by_columns else ''}"
-        f"{'' if backend == 'auto' else f', {backend} only'}"
+        f"{dispatch.backend_suffix(backend)}"
     )
 
 
