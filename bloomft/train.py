@@ -98,16 +98,15 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
     with waiting("measuring kernels"):
         # before the first evaluation: later its buffers would not fit the holes between the model's tensors
         cost = StepCost.of(run.model)
-        limit = GemmLimit(run.model.device, run.model.dtype) if ranks.is_first else None
+        limit = ranks.from_first(lambda: GemmLimit(run.model.device, run.model.dtype))
     if run.step == 0 and run.base_eval_loss is None and heldout is not None and not ranks.any(bool(stop)):
         run.base_eval_loss = _evaluate(job, heldout, settings)
         log.message(f"held-out loss of the base: {run.base_eval_loss:.4f}")
         log.track(0, eval_loss=run.base_eval_loss)
     with waiting("measuring kernels"):
         run.prepare(batch_size * config.data.max_length)
-    if limit is not None:
-        for line in (limit.describe(), CONVENTION):
-            log.message(line)
+    for line in (limit.describe(), CONVENTION):
+        log.message(line)
     eval_loss = None
     while run.step < total:
         # every process takes each so many-th micro-batch of the step's rows, which do not depend on how many
@@ -132,7 +131,7 @@ def _loop(job: Job, config: Config, log: RunLog, stop: StopRequest) -> float | N
             run.collect_losses()
             _check_finite(job)
             values: dict[str, float] = {}
-            if limit is not None:
+            if ranks.is_first:
                 known = limit.rate
                 values = _measured(run, lr, cost, limit)
                 if limit.rate != known:

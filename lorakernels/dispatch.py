@@ -41,6 +41,7 @@ __all__ = [
     "LARGE",
     "Implementation",
     "Trial",
+    "backend_suffix",
     "choose",
     "default_backend",
     "device_name",
@@ -51,6 +52,7 @@ __all__ = [
     "kernel_choices",
     "kernel_report",
     "known",
+    "rounded_rows",
     "use_kernel_choices",
 ]
 
@@ -199,6 +201,16 @@ def is_large(rows: int, weight: torch.Tensor) -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """float32 for torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def rounded_rows(rows: int) -> int:
+    """The power of two that stands for so many rows, at least 1, in the name of a problem."""
+    return 1 << (rows - 1).bit_length()
+
+
+def backend_suffix(backend: str) -> str:
+    """What ends the name of a problem whose candidates are those of one backend."""
+    return "" if backend == "auto" else f", {backend} only"
 
 
 def default_backend() -> str:

@@ -10,6 +10,7 @@ from lorakernels.ops.add_layer_norm.implementations import select
 from lorakernels.ops.add_layer_norm.reference import BackwardProblem, Problem
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 from lorakernels.ops.autograd import differentiable_once
+from lorakernels.ops.lora_linear import check_backend
 from lorakernels.tolerance import accumulation_dtype
 
 __all__ = ["add_layer_norm"]
@@ -50,8 +51,7 @@ def add_layer_norm(
         raise TypeError(f"residual: expected x's dtype {x.dtype}, got {residual.dtype}")
     if residual.device != x.device:
         raise ValueError(f"residual: expected x's device {x.device}, got {residual.device}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend, BACKENDS)
     t, h, _, _ = _forward_op(x, residual, weight, bias, float(eps), backend)
     return t, h
 

@@ -15,7 +15,7 @@ def random_problem(
 
     The global random state is left alone.
     """
-    normal = _Normal(dtype, device, seed)
+    normal = Normal(dtype, device, seed)
     return Problem(
         x=normal(m, k, size=0.8, mean=0.5),
         residual=normal(m, k, size=0.6, mean=0.5),
@@ -32,7 +32,7 @@ def random_backward_problem(
 
     The global random state is left alone.
     """
-    normal = _Normal(dtype, device, seed)
+    normal = Normal(dtype, device, seed)
     x = normal(m, k, size=1.0, mean=1.0)
     _, mean, rstd = reference.layer_norm(x.double(), x.new_ones(k), x.new_zeros(k), 1e-5)
     return BackwardProblem(
@@ -45,18 +45,18 @@ def random_backward_problem(
     )
 
 
-class _Normal:
-    """Normally distributed tensors of a dtype, each drawn after the one before."""
+class Normal:
+    """Normally distributed tensors, of dtype where none is asked for, each drawn after the one before."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int) -> None:
         self.generator = torch.Generator(device).manual_seed(2**31 + seed)
         self.dtype = dtype
 
-    def __call__(self, *shape: int, size: float, mean: float) -> Tensor:
+    def __call__(self, *shape: int, size: float, mean: float, dtype: torch.dtype | None = None) -> Tensor:
         drawn = torch.randn(
             *shape, generator=self.generator, device=self.generator.device, dtype=torch.float32
         )
-        return (drawn * size + mean).to(self.dtype)
+        return (drawn * size + mean).to(dtype or self.dtype)
 
 
 def failures(results: Results, problem: Problem) -> list[str]:

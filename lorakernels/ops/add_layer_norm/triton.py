@@ -98,7 +98,7 @@ def add_layer_norm_backward_kernel(
 
 def forward(problem: Problem) -> Results:
     """t, h, mean and rstd; M and K are not zero."""
-    x, residual = _with_whole_rows(problem.x), _with_whole_rows(problem.residual)
+    x, residual = with_whole_rows(problem.x), with_whole_rows(problem.residual)
     m, k = x.shape
     t, h = (torch.empty(m, k, dtype=x.dtype, device=x.device) for _ in range(2))
     mean, rstd = (torch.empty(m, 1, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -113,9 +113,9 @@ def forward(problem: Problem) -> Results:
 
 def backward(problem: BackwardProblem) -> Tensor:
     """dx; M and K are not zero."""
-    dh, x = _with_whole_rows(problem.dh), _with_whole_rows(problem.x)
+    dh, x = with_whole_rows(problem.dh), with_whole_rows(problem.x)
     # unread where there is nothing to add
-    dt = dh if problem.dt is None else _with_whole_rows(problem.dt)
+    dt = dh if problem.dt is None else with_whole_rows(problem.dt)
     m, k = x.shape
     dx = torch.empty(m, k, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
@@ -127,7 +127,7 @@ def backward(problem: BackwardProblem) -> Tensor:
     return dx
 
 
-def _with_whole_rows(rows: Tensor) -> Tensor:
+def with_whole_rows(rows: Tensor) -> Tensor:
     """rows [M, K], copied where the elements of a row do not lie side by side."""
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 

@@ -38,8 +38,9 @@ def select(problem: Problem) -> Implementation:
     if backend == "auto":
         chosen = (ATEN, *fused(problem))
     else:
-        # the LoRA linear's names; what none of these has is torch's
-        named = (one for one in fused(problem) if backend in (one.name, one.name.split(":")[0]))
+        # a backend of the LoRA linear: what has no counterpart here leaves it to torch
+        offered = (REFERENCE, ATEN, *fused(problem))
+        named = (one for one in offered if backend in (one.name, one.name.split(":")[0]))
         chosen = tuple(named) or (ATEN,)
     # a small one takes no longer than its launches
     if chosen == (ATEN,) or not dispatch.is_large(rows, weight):
@@ -47,7 +48,7 @@ def select(problem: Problem) -> Implementation:
     described = _described(
         dispatch.device_name(weight.device),
         dispatch.dtype_name(weight.dtype),
-        1 << (rows - 1).bit_length(),
+        dispatch.rounded_rows(rows),
         *weight.shape,
         weight.stride(1) != 1,
         backend,
@@ -94,7 +95,7 @@ def _described(device: str, dtype: str, rows: int, n: int, k: int, by_columns: b
     return (
         f"frozen_linear backward through GELU on {device}, {dtype}, M<={rows} N={n} K={k}"
         f"{', weight stored by columns' if by_columns else ''}"
-        f"{'' if backend == 'auto' else f', {backend} only'}"
+        f"{dispatch.backend_suffix(backend)}"
     )
 
 

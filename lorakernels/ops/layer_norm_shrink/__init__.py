@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lorakernels.ops.add_layer_norm import check_norm, input_gradient
+from lorakernels.ops.add_layer_norm import BACKENDS, check_norm, input_gradient
 from lorakernels.ops.autocast import cast_for_autocast, without_autocast
 from lorakernels.ops.layer_norm_shrink.implementations import select
 from lorakernels.ops.layer_norm_shrink.reference import Problem
@@ -17,8 +17,6 @@ from lorakernels.ops.lora_linear import check_options, draw_seed, given_seed, se
 from lorakernels.tolerance import accumulation_dtype
 
 __all__ = ["layer_norm_shrink"]
-
-BACKENDS = ("auto", "reference", "aten", "triton")
 
 
 def layer_norm_shrink(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lorakernels.ops.add_layer_norm.check import norm_failures
+from lorakernels.ops.add_layer_norm.check import Normal, norm_failures
 from lorakernels.ops.layer_norm_shrink.reference import Problem, Results
 from lorakernels.tolerance import accumulation_dtype, deviations
 
@@ -24,18 +24,13 @@ def random_problem(
 
     The global random state is left alone.
     """
-    generator = torch.Generator(device).manual_seed(2**31 + seed)
-
-    def normal(*shape: int, size: float, mean: float, to: torch.dtype = dtype) -> Tensor:
-        values = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
-        return (values * size + mean).to(to)
-
+    normal = Normal(dtype, device, seed)
     return Problem(
         x=normal(m, k, size=1.0, mean=1.0),
         norm_weight=normal(k, size=0.3, mean=1.0),
         norm_bias=normal(k, size=0.3, mean=0.0),
         eps=eps,
-        lora_a=normal(r, k, size=k**-0.5, mean=0.0, to=adapter_dtype),
+        lora_a=normal(r, k, size=k**-0.5, mean=0.0, dtype=adapter_dtype),
         scale=scale,
         dropout_p=0.0,
         seed=torch.empty(0, dtype=torch.int64, device=device),

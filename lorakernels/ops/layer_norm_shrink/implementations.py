@@ -4,15 +4,14 @@ import functools
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from lorakernels import dispatch
 from lorakernels.dispatch import Implementation
-from lorakernels.installed import has_triton
 from lorakernels.ops.add_layer_norm import implementations as norms
+from lorakernels.ops.add_layer_norm.choice import Implementations
 from lorakernels.ops.layer_norm_shrink import aten, check, reference
 from lorakernels.ops.layer_norm_shrink.reference import Problem, Results
-from lorakernels.ops.lora_linear.implementations import CHECKED_SUMS, check_triton
+from lorakernels.ops.lora_linear.implementations import CHECKED_SUMS
 
 # which backward pass follows is chosen apart, among those of the layer norm
 REFERENCE = Implementation("reference", reference.forward, norms.REFERENCE.backward)
@@ -30,56 +29,34 @@ def _fused(problem: Problem) -> Results:
 
 
 TRITON = Implementation("triton", _fused, norms.TRITON.backward)
+IMPLEMENTATIONS = Implementations(REFERENCE, ATEN, TRITON)
 
 
 def select(problem: Problem, backend: str) -> Implementation:
-    """The implementation of one problem: on a GPU the faster of two, elsewhere torch's operations.
-
-    Raises:
-        ValueError: backend, or the environment variable in its place, asks for Triton where it cannot run.
-    """
+    """The implementation of one problem; ValueError as of `Implementations.select`."""
     x, lora_a = problem.x, problem.lora_a
     (rows, k), rank = x.shape, lora_a.shape[0]
-    if backend == "auto":
-        backend = dispatch.default_backend()
-    # an empty result needs no kernel, and GPU grids cannot be empty
-    if x.numel() == 0:
-        return ATEN if backend != "reference" else REFERENCE
-    forced = backend != "auto"
-    chosen = (_named(x, rank, backend),) if forced else candidates(x, rank)
-    # a CPU has nothing to choose from, and a small one takes no longer than its launch
-    if x.is_cpu or x.numel() < norms.LEAST_ELEMENTS:
-        return chosen[0]
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    described = _described(
-        dispatch.device_name(x.device),
-        x.dtype,
-        lora_a.dtype,
-        1 << (rows - 1).bit_length(),
-        k,
-        rank,
-        problem.dropout_p > 0,
-        tf32,
+
+    def describe(backend: str) -> str:
+        return _described(
+            dispatch.device_name(x.device),
+            x.dtype,
+            lora_a.dtype,
+            dispatch.rounded_rows(rows),
+            k,
+            rank,
+            problem.dropout_p > 0,
+            x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
+            backend,
+        )
+
+    return IMPLEMENTATIONS.select(
+        x,
         backend,
+        fits=rank <= LARGEST_RANK,
+        describe=describe,
+        make_trial=functools.partial(_Trial, problem),
     )
-    trial = functools.partial(_Trial, problem)
-    return dispatch.choose(described, chosen, trial, reference=None if forced else REFERENCE)
-
-
-def candidates(x: Tensor, rank: int) -> tuple[Implementation, ...]:
-    """What may compute a problem on x's device under backend="auto", the baseline first."""
-    fused = x.is_cuda and x.dtype != torch.float64 and rank <= LARGEST_RANK and has_triton()
-    return (ATEN, TRITON) if fused else (ATEN,)
-
-
-def _named(x: Tensor, rank: int, backend: str) -> Implementation:
-    """The implementation for a backend of the LoRA linear; all but two of them leave it to torch."""
-    family = backend.split(":")[0]
-    if family != "triton":
-        return REFERENCE if family == "reference" else ATEN
-    check_triton(x)
-    # the LoRA linear's own kernels have no such limit
-    return TRITON if rank <= LARGEST_RANK else ATEN
 
 
 @functools.lru_cache
@@ -99,7 +76,7 @@ def _described(
     return (
         f"layer_norm_shrink on {device}, {dtypes} adapters, M<={rows} K={k} r={rank}"
         f"{', dropout' if dropout else ''}{', TF32' if tf32 else ''}"
-        f"{'' if backend == 'auto' else f', {backend} only'}"
+        f"{dispatch.backend_suffix(backend)}"
     )
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorakernels.launching import launch
+from lorakernels.ops.add_layer_norm.triton import with_whole_rows
 from lorakernels.ops.layer_norm_shrink.reference import Problem, Results
 from lorakernels.ops.lora_linear.triton.dropout import dropout_keep
 from lorakernels.ops.lora_linear.triton.parts import FLOAT16_SHIFT, split_factor
@@ -125,8 +126,7 @@ def layer_norm_shrink_kernel(
 
 def forward(problem: Problem) -> Results:
     """h, S, mean and rstd; M and K are not zero, and r is at most 128."""
-    x, lora_a = problem.x, problem.lora_a
-    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    x, lora_a = with_whole_rows(problem.x), problem.lora_a
     (m, k), rank = x.shape, lora_a.shape[0]
     tile, columns = _tile_of(x, rank, problem.dropout_p), max(16, triton.next_power_of_2(k))
     h = torch.empty(m, k, dtype=x.dtype, device=x.device)

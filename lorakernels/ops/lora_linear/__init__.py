@@ -149,6 +149,11 @@ def check_options(scale: float, dropout_p: float, backend: str, backends: tuple[
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    check_backend(backend, backends)
+
+
+def check_backend(backend: str, backends: tuple[str, ...]) -> None:
+    """Raise ValueError for a backend that is none of those that the operator takes."""
     if backend not in backends:
         raise ValueError(f"backend: expected one of {', '.join(backends)}, got {backend!r}")
 

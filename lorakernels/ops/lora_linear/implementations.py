@@ -82,7 +82,7 @@ def select(problem: Problem, backend: str, direction: Direction) -> Implementati
         dispatch.device_name(x.device),
         x.dtype,
         problem.lora_a.dtype,
-        1 << (rows - 1).bit_length(),
+        dispatch.rounded_rows(rows),
         n,
         k,
         problem.lora_a.shape[0],
@@ -123,7 +123,7 @@ def _described(kind: _Kind) -> str:
         f"M<={kind.rows} N={kind.n} K={kind.k} r={kind.rank}"
         f"{', weight stored by columns' if kind.by_columns else ''}{'' if kind.bias else ', no bias'}"
         f"{', dropout' if kind.dropout else ''}{', TF32' if kind.tf32 else ''}"
-        f"{'' if kind.backend == 'auto' else f', {kind.backend} only'}"
+        f"{dispatch.backend_suffix(kind.backend)}"
     )
 
 

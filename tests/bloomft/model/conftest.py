@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomForCausalLM, Trainer, TrainingArguments
 
+from bloomft.model import fused_block
 from bloomft.model.patch import adapted_layers, adapter_state, patch_bloom, unpatch_bloom
 from lorakernels.tolerance import relative_error
 from tests.bloomft.conftest import tiny_model
@@ -60,6 +61,18 @@ def step(model) -> list[torch.Tensor]:
     torch.manual_seed(0)
     loss = model(ids, labels=ids).loss
     return [loss.detach(), *torch.autograd.grad(loss, adapters)]
+
+
+def calls_in_blocks(monkeypatch, operator: str) -> list[tuple[int, ...]]:
+    """The shapes of x in every call that a block makes of the operator of that name."""
+    seen, call = [], getattr(fused_block, operator)
+
+    def counted(x, *arguments, **options):
+        seen.append(tuple(x.shape))
+        return call(x, *arguments, **options)
+
+    monkeypatch.setattr(fused_block, operator, counted)
+    return seen
 
 
 class CountCalls(TorchDispatchMode):

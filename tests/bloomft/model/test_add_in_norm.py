@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from bloomft.model import fused_block
 from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.model.fused_classes import checkpoint_blocks
-from lorakernels import add_layer_norm
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.model.conftest import (
+    calls_in_blocks,
     close,
     interpreted,
     plain_twin,
@@ -28,15 +27,7 @@ from tests.bloomft.model.conftest import (
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """The shapes of x in every call of the operator."""
-    seen = []
-
-    def counted(x, *arguments, **options):
-        seen.append(tuple(x.shape))
-        return add_layer_norm(x, *arguments, **options)
-
-    monkeypatch.setattr(fused_block, "add_layer_norm", counted)
-    return seen
+    return calls_in_blocks(monkeypatch, "add_layer_norm")
 
 
 def by_kernels(**changes):

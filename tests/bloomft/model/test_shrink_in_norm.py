@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from bloomft.model import fused_block
 from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.model.fused_classes import checkpoint_blocks
-from lorakernels import layer_norm_shrink
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.model.conftest import (
+    calls_in_blocks,
     close,
     interpreted,
     step,
@@ -26,15 +25,7 @@ from tests.bloomft.model.conftest import (
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """The shapes of x in every call of the operator."""
-    seen = []
-
-    def counted(x, *arguments, **options):
-        seen.append(tuple(x.shape))
-        return layer_norm_shrink(x, *arguments, **options)
-
-    monkeypatch.setattr(fused_block, "layer_norm_shrink", counted)
-    return seen
+    return calls_in_blocks(monkeypatch, "layer_norm_shrink")
 
 
 @interpreted

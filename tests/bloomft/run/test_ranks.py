@@ -311,12 +311,31 @@ def test_a_process_that_ends_within_a_pass_is_missed_with_a_line(launch, tmp_pat
 
 
 def test_a_hang_ends_after_the_stated_time(launch):
-    job = launch(2, "train.timeout_minutes=0.05", before=hang_in_process_1)
+    # process 1 gives up as early: it must not wait while process 0 alone writes a checkpoint
+    job = launch(
+        2, "train.timeout_minutes=0.05", "train.save_every_n_train_steps=100", before=hang_in_process_1
+    )
     job.processes[0].join(60)
     assert job.processes[0].exitcode == 1, job.errors()
     assert "did not answer within 0.05 minutes" in job.errors()[0].splitlines()[-1]
     assert job.processes[1].exitcode is None
     job.processes[1].kill()
+
+
+def measure_slowly() -> None:
+    measure = train_module.GemmLimit
+
+    def slow(*arguments):
+        time.sleep(4)
+        return measure(*arguments)
+
+    train_module.GemmLimit = slow
+
+
+def test_a_measurement_of_process_0_may_take_longer_than_a_step(launch):
+    steps = ("optim.scheduler.num_training_steps=3", "train.save_every_n_train_steps=100")
+    job = launch(2, "train.timeout_minutes=0.05", *steps, before=measure_slowly)
+    assert job.finish() == [0, 0], job.errors()
 
 
 def leave_it_to_process_0() -> None:

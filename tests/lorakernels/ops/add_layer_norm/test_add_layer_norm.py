@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import layer_norm
 
 from lorakernels import add_layer_norm, dispatch, layer_norm_shrink
-from lorakernels.ops.add_layer_norm import check, implementations
+from lorakernels.ops.add_layer_norm import check, choice, implementations
 from lorakernels.tolerance import deviations, relative_error
 
 WAYS = {one.name: one for one in (implementations.REFERENCE, implementations.ATEN, implementations.TRITON)}
@@ -238,7 +238,7 @@ def asked(monkeypatch) -> list[tuple[str, list[str]]]:
         return candidates[-1]
 
     monkeypatch.setattr(dispatch, "choose", choose)
-    monkeypatch.setattr(implementations, "has_triton", lambda: True)
+    monkeypatch.setattr(choice, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "device_name", lambda device: "a GPU")
     return seen
 

@@ -91,7 +91,8 @@ def test_torchs_alone_is_not_measured(measured):
     ("backend", "expected"),
     [
         ("aten", "aten"),
-        ("reference", "aten"),
+        ("reference", "reference"),
+        ("onednn", "aten"),
         ("triton:vendor", "aten"),
         ("triton", TILES[1]),
         (TILES[0], TILES[0]),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import layer_norm
 
 from lorakernels import dispatch, layer_norm_shrink, lora_linear
+from lorakernels.ops.add_layer_norm import choice
 from lorakernels.ops.add_layer_norm.reference import layer_norm as layer_norm_and_statistics
 from lorakernels.ops.layer_norm_shrink import check, implementations
 from lorakernels.ops.lora_linear import check as layer_check
@@ -268,7 +269,7 @@ def test_what_a_gpu_chooses_from(backend, dtype, rank, expected, by_environment,
         return candidates[-1]
 
     monkeypatch.setattr(dispatch, "choose", choose)
-    monkeypatch.setattr(implementations, "has_triton", lambda: True)
+    monkeypatch.setattr(choice, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "device_name", lambda device: "a GPU")
     if by_environment and backend != "auto":
         monkeypatch.setenv("LORAKERNELS_BACKEND", backend)
@@ -282,7 +283,7 @@ def test_what_a_gpu_chooses_from(backend, dtype, rank, expected, by_environment,
 def test_what_a_gpu_reads_within_a_launch_is_not_measured(monkeypatch):
     asked = []
     monkeypatch.setattr(dispatch, "choose", lambda problem, candidates, *_, **__: asked.append(candidates))
-    monkeypatch.setattr(implementations, "has_triton", lambda: True)
+    monkeypatch.setattr(choice, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "device_name", lambda device: "a GPU")
     problem = check.random_problem(2, 64, 8, torch.float32, torch.float32, "cpu")
     problem.x = OnGpu(torch.bfloat16, 2**15 - 1)
