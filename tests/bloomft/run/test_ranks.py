@@ -288,6 +288,25 @@ def test_a_process_that_fails_ends_the_others_with_a_line_each(launch, tmp_path)
     assert load_checkpoint(tmp_path / "run" / "last.ckpt").step == 3
 
 
+def report_a_kernel_of_process_1_late() -> None:
+    """Process 1 hears of a mistake of its own GPU while it exchanges gradients."""
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    if rank() == 1:
+        after_step(4, lambda: setattr(dist, "all_reduce", fail))
+
+
+def test_an_error_of_the_device_is_not_taken_for_a_lost_process(launch):
+    job = launch(2, before=report_a_kernel_of_process_1_late)
+    assert job.finish() == [1, 1]
+    first, second = job.errors()
+    assert "Traceback" in second
+    assert second.endswith("RuntimeError: CUDA error: an illegal memory access was encountered\n")
+    assert first.splitlines()[-1].startswith("process 0 of 2 stopped: another one has ended (")
+
+
 def hang_in_process_1() -> None:
     after_step(4, lambda: time.sleep(1000))
 
@@ -375,5 +394,20 @@ def test_half_an_environment_is_a_line(monkeypatch):
             UserError, match=r"WORLD_SIZE=2 without RANK.*; start with torchrun, or unset WORLD_SIZE"
         ),
         join_ranks(torch.device("cpu"), 1),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("RANK", "2"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", "x")],
+)
+def test_a_wrong_number_in_the_environment_is_a_line(monkeypatch, name, value):
+    right = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
+    for variable, number in (right | {name: value}).items():
+        monkeypatch.setenv(variable, number)
+    with (
+        pytest.raises(UserError, match=f"{name}={value}: not a number that a launcher sets; start with"),
+        join_ranks(torch.device("cpu"), 0.01),
     ):
         pass
