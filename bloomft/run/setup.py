@@ -70,7 +70,7 @@ def set_up(config: Config, device: torch.device, ranks: Ranks | None = None) -> 
     if sharded:
         if not cast(FusedBloomForCausalLM, model).fuses_loss({}):
             raise UserError("train.strategy: fsdp: the base asks for another loss than BLOOM's; use ddp")
-        shard_base(model, base.files, device, cpu_offload=config.train.cpu_offload)
+        shard_base(model, base.stored, device, cpu_offload=config.train.cpu_offload)
     draws = draws_random_numbers(model)
     if draws and ranks.size > 1:
         raise UserError("the base has dropout, which would be the same on every process; train it with one")
