@@ -13,6 +13,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d
 
 from bloomft import progress
@@ -384,6 +385,20 @@ def test_a_base_with_dropout_is_refused(launch, base_copy):
     job = launch(2, f"model.transformer.pretrained_model_name_or_path={base_copy}")
     assert 2 in job.finish()
     assert any("error: the base has dropout" in text for text in job.errors())
+
+
+def test_what_is_not_finite_is_said_once(launch, base_copy):
+    tensors = load_file(base_copy / "model.safetensors")
+    tensors["transformer.ln_f.bias"][0] = float("nan")
+    save_file(tensors, base_copy / "model.safetensors", {"format": "pt"})
+    job = launch(2, f"model.transformer.pretrained_model_name_or_path={base_copy}")
+    assert job.finish() == [2, 1]
+    first, second = job.errors()
+    assert "error: step 1: not finite: the loss, the gradient norm" in first.splitlines()[-1]
+    assert "(loss nan, gradient norm nan)" in first.splitlines()[-1]
+    # the loss of all processes is known to process 0 alone
+    assert second.startswith("process 1 of 2 stopped: ")
+    assert second.count("\n") == 1
 
 
 def test_half_an_environment_is_a_line(monkeypatch):
