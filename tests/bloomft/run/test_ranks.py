@@ -379,6 +379,24 @@ def test_processes_with_other_adapters_do_not_train(launch, tmp_path):
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
+def configure_process_1_differently() -> None:
+    if rank() == 1:
+        train = train_module.train
+
+        def train_differently(config):
+            config.optim.optimizer.lr *= 2
+            config.data.cache_dir += " of this machine"
+            return train(config)
+
+        train_module.train = train_differently
+
+
+def test_processes_with_other_settings_do_not_train_but_each_may_have_its_own_cache(launch):
+    job = launch(2, before=configure_process_1_differently)
+    assert job.finish() == [2, 1]
+    assert "error: process 1: optim.optimizer.lr: not the same as on process 0" in job.errors()[0]
+
+
 def test_a_base_with_dropout_is_refused(launch, base_copy):
     described = json.loads((base_copy / "config.json").read_text()) | {"hidden_dropout": 0.1}
     (base_copy / "config.json").write_text(json.dumps(described))
