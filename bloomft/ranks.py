@@ -7,6 +7,7 @@ gradients. Process 0 alone reads and writes the run's folder; what it finds out 
 import atexit
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -123,17 +124,16 @@ class _LaunchedRanks(Ranks):
         return received
 
     def gathering(self) -> AbstractContextManager[None]:
-        return self._exchange(self._timeout, _comes_from_exchange)
+        return self._exchange(self._timeout)
 
     @contextmanager
-    def _exchange(
-        self, timeout: timedelta, concerns: Callable[[RuntimeError], bool] = lambda error: True
-    ) -> Iterator[None]:
-        """Inside, an error that ``concerns`` the exchange with the others is a `LostProcessError`."""
+    def _exchange(self, timeout: timedelta) -> Iterator[None]:
+        """Inside, an error of the exchange with the others is a `LostProcessError`."""
         try:
             yield
-        except RuntimeError as error:  # torch has no narrower class for what gloo and NCCL report
-            if not concerns(error):
+        except RuntimeError as error:  # torch has no narrower class for what gloo reports
+            # a GPU reports what an earlier kernel did wrong at any later call, this one too
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             if "timed out" in str(error).lower():
                 minutes = timeout.total_seconds() / 60
@@ -148,17 +148,13 @@ def join_ranks(device: torch.device, timeout_minutes: float) -> Iterator[Ranks]:
     """Meet the processes that torchrun has started beside this one, each on its ``device``.
 
     Only process 0 shows progress and messages inside. The block is left together. A process that waits for
-    another one in a step gives up after ``timeout_minutes``. Raises `UserError` where the environment has a
-    number of processes but not the rest of what torchrun sets.
+    another one in a step gives up after ``timeout_minutes``. Raises `UserError` where the environment is not
+    one that torchrun sets.
     """
-    size = launched_processes()
-    if size == 1:
+    _check_environment()
+    if launched_processes() == 1:
         yield Ranks()
         return
-    if missing := [name for name in _SET_BY_THE_LAUNCHER if name not in os.environ]:
-        raise UserError(
-            f"WORLD_SIZE={size} without {', '.join(missing)}; start with torchrun, or unset WORLD_SIZE"
-        )
     timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -180,8 +176,17 @@ def join_ranks(device: torch.device, timeout_minutes: float) -> Iterator[Ranks]:
     _leave()
 
 
-def _comes_from_exchange(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+def _check_environment() -> None:
+    size, instead = launched_processes(), "start with torchrun, or unset WORLD_SIZE"
+    allowed = {"WORLD_SIZE": range(1, sys.maxsize)}
+    if size > 1:
+        if missing := [name for name in _SET_BY_THE_LAUNCHER if name not in os.environ]:
+            raise UserError(f"WORLD_SIZE={size} without {', '.join(missing)}; {instead}")
+        allowed |= {"RANK": range(size), "LOCAL_RANK": range(size), "MASTER_PORT": range(2**16)}
+    for name, numbers in allowed.items():
+        value = os.environ.get(name, "")
+        if value and not (value.isdecimal() and int(value) in numbers):
+            raise UserError(f"{name}={value}: not a number that a launcher sets; {instead}")
 
 
 def _first_sentence(error: RuntimeError) -> str:

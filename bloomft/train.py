@@ -187,7 +187,8 @@ def _save(job: Job, log: RunLog, *, keep: bool) -> None:
 
 def _check_finite(job: Job) -> None:
     run = job.run
-    if wrong := run.non_finite():
+    # process 0 alone knows the loss of all of them
+    if run.ranks.is_first and (wrong := run.non_finite()):
         kept = _kept(job.last) if job.saved is None else f"{job.last} still holds step {job.saved}"
         raise UserError(
             f"step {run.step}: not finite: {', '.join(wrong)} (loss {run.window.mean_loss():.4g}, gradient "

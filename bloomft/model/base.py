@@ -45,15 +45,15 @@ EMBEDDED_BASE = Path(__file__).parent / "embedded_base"  # see recipe.json there
 class Base:
     """A frozen base model in its stored dtype, with the identity that checkpoints remember.
 
-    ``name`` is what the configuration says, ``location`` what ``from_pretrained`` was given; ``files`` are
-    those of the weights; ``identity`` is name, revision, subfolder and fingerprint, see `base_identity`.
+    ``name`` is what the configuration says, ``location`` what ``from_pretrained`` was given; ``stored`` reads
+    the weights' files; ``identity`` is name, revision, subfolder and fingerprint, see `base_identity`.
     """
 
     model: BloomForCausalLM
     tokenizer: PreTrainedTokenizerFast
     name: str
     location: str
-    files: list[Path]
+    stored: StoredTensors
     dtype: torch.dtype
     identity: dict[str, str | None]
 
@@ -83,8 +83,9 @@ def load_base(config: TransformerConfig, *, weights: bool = True) -> Base:
             tokenizer = _checked_tokenizer(name, loaded, settings.vocab_size)
             reading = INDEX
             files = weight_files(location, options)
-            stored = check_tensors(files, settings)
-            dtype = functools.reduce(torch.promote_types, stored) if stored else torch.get_default_dtype()
+            dtypes = check_tensors(files, settings)
+            dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
+            stored = StoredTensors(files)
             where = files[0] if len(files) == 1 else folder / INDEX
             if weights:
                 pair: tuple[BloomForCausalLM, dict[str, set[str]]]
@@ -99,16 +100,16 @@ def load_base(config: TransformerConfig, *, weights: bool = True) -> Base:
                 if model.lm_head.weight is not model.transformer.word_embeddings.weight:
                     raise UserError(f"{name}: its head is not the embedding; train.strategy=ddp can train it")
                 torch.nn.Module.to(model, dtype)
-                StoredTensors(files).check_complete(model, where)
-        if len(stored) > 1:
-            *narrow, wide = (str(each).removeprefix("torch.") for each in (*sorted(stored, key=str), dtype))
+                stored.check_complete(model, where)
+        if len(dtypes) > 1:
+            *narrow, wide = (str(each).removeprefix("torch.") for each in (*sorted(dtypes, key=str), dtype))
             say(f"{name}: stored in {' and '.join(narrow)}, loaded in {wide}")
         fingerprint = remembered_fingerprint(model, files, default_cache_dir())
     except UserError:
         raise
     except Exception as error:  # whatever the parsers of transformers and tokenizers raise on a damaged file
         raise UserError(_not_loaded(name, folder, reading, error)) from error
-    return Base(model, tokenizer, name, location, files, model.dtype, base_identity(config, fingerprint))
+    return Base(model, tokenizer, name, location, stored, model.dtype, base_identity(config, fingerprint))
 
 
 def _location(config: TransformerConfig) -> tuple[str, dict[str, Any]]:

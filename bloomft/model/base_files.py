@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,10 @@ def check_tensors(files: Sequence[Path], config: BloomConfig) -> set[torch.dtype
     """
     stored = {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118, not a mapping
-                    part = tensors.get_slice(name)
-                    stored[name.removeprefix("transformer.")] = part.get_shape(), part.get_dtype(), file
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: cannot be read: {error}") from error
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118, not a mapping
+                part = tensors.get_slice(name)
+                stored[name.removeprefix("transformer.")] = part.get_shape(), part.get_dtype(), file
     layers = {int(match[1]) for name in stored if (match := re.match(r"h\.(\d+)\.", name))}
     if layers and len(layers) != config.n_layer:
         raise UserError(
@@ -111,20 +108,25 @@ def damaged_file(folder: Path) -> str | None:
 class StoredTensors:
     """The tensors of a base, read from its ``files`` by the names that they have in the model.
 
-    A file is opened for each of them: the pages of an open one would count as this process's memory.
+    A file is opened for each of them: the pages of an open one would count as this process's memory. Raises
+    `UserError` where that fails, or where the file is another one than at the start.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._places: dict[str, tuple[Path, str]] = {}
+        self._states: dict[Path, tuple[int, ...]] = {}
         for file in files:
-            with safe_open(file, "pt") as tensors:
+            with _opened(file) as tensors:
+                self._states[file] = _state(file)
                 for name in tensors.keys():  # noqa: SIM118, not a mapping
                     self._places[f"transformer.{name.removeprefix('transformer.')}"] = file, name
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows ``first`` to ``last``, or to the end, of one tensor on the CPU, mapped from its file."""
         file, stored_name = self._places[name]
-        with safe_open(file, "pt") as tensors:
+        with _opened(file) as tensors:
+            if _state(file) != self._states[file]:
+                raise UserError(f"{file}: was changed while it was read")
             return tensors.get_slice(stored_name)[first:last]
 
     def check_complete(self, model: BloomForCausalLM, where: Path) -> None:
@@ -189,6 +191,22 @@ def remembered_fingerprint(model: BloomForCausalLM, files: Sequence[Path], cache
             make_folder(cache_dir)
             write_atomically(path, made.encode())
     return made
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file; `UserError` where it cannot be read."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """What differs once another file has taken this one's place, or its content has changed."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _hash(parameter: Tensor) -> bytes:

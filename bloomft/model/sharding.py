@@ -5,8 +5,6 @@ drops it afterwards. The base has no gradients, so nothing else is sent for it. 
 adapters, which are megabytes: their gradients are summed as without shards, and a checkpoint is the same.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -24,9 +22,9 @@ from lorakernels import LoRALinear
 
 
 def shard_base(
-    model: BloomForCausalLM, files: Sequence[Path], device: torch.device, *, cpu_offload: bool = False
+    model: BloomForCausalLM, stored: StoredTensors, device: torch.device, *, cpu_offload: bool = False
 ) -> None:
-    """Spread the base of a patched model over all processes and read this one's shards from ``files``.
+    """Spread the base of a patched model over all processes and read this one's shards from ``stored``.
 
     Every parameter but the adapters, which are on ``device``, is on the meta device, in the dtype to train
     in. Each process reads its own rows of each tensor alone. With ``cpu_offload`` the shards of the blocks
@@ -46,7 +44,7 @@ def shard_base(
         fully_shard(block, mesh=mesh, ignored_params=kept, offload_policy=policy)
     # the layer norms, and what makes the blocks know of each other
     fully_shard(model, mesh=mesh, ignored_params=kept, offload_policy=policy)
-    stored, shards = StoredTensors(files), {}
+    shards: dict[str, Tensor] = {}
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     size = sum(parameter.nbytes for parameter in frozen.values()) // mesh.size()
     with waiting("reading this process's part of the base,", size, in_bytes=True) as wait:

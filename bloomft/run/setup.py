@@ -10,6 +10,7 @@ import torch
 from transformers import BloomForCausalLM
 
 from bloomft.config.keys import Config
+from bloomft.config.schema import leaves
 from bloomft.data.loading import TrainingData, load_data
 from bloomft.data.rows import PackedDataset
 from bloomft.errors import UserError
@@ -25,6 +26,9 @@ from bloomft.run.resumption import RunIdentity, find_resumption, resume
 from bloomft.run.state import RunState
 from bloomft.run.step_graph import GraphChoice, choose_graph, draws_random_numbers
 from bloomft.run.strategy import choose_strategy
+
+# Keys that may differ between the machines of a run.
+_OF_ONE_MACHINE = ("data.cache_dir", "model.transformer.cache_dir", "model.transformer.token")
 
 
 @dataclass
@@ -70,7 +74,7 @@ def set_up(config: Config, device: torch.device, ranks: Ranks | None = None) -> 
     if sharded:
         if not cast(FusedBloomForCausalLM, model).fuses_loss({}):
             raise UserError("train.strategy: fsdp: the base asks for another loss than BLOOM's; use ddp")
-        shard_base(model, base.files, device, cpu_offload=config.train.cpu_offload)
+        shard_base(model, base.stored, device, cpu_offload=config.train.cpu_offload)
     draws = draws_random_numbers(model)
     if draws and ranks.size > 1:
         raise UserError("the base has dropout, which would be the same on every process; train it with one")
@@ -94,7 +98,8 @@ def set_up(config: Config, device: torch.device, ranks: Ranks | None = None) -> 
     identity = RunIdentity.of(config, base.identity, data.identity)
     if resumption.state is not None and resumption.path is not None:
         resume(run, resumption.state, identity, resumption.path)
-    ranks.check_equal({**vars(identity), "adapters": _digest(model)})
+    shared = {key: value for key, _, value in leaves(config) if key not in _OF_ONE_MACHINE}
+    ranks.check_equal({**shared, "base": base.identity, "data": data.identity, "adapters": _digest(model)})
     last = config.train.run_dir / LAST
     saved = run.step if resumption.path == last else None
     notes = [

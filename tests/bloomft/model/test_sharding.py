@@ -29,7 +29,7 @@ def compare(folder, *, cpu_offload: bool = False) -> None:
     _, whole = loaded(folder, weights=True)
     base, model = loaded(folder, weights=False)
     assert not is_sharded(model)
-    shard_base(model, base.files, CPU, cpu_offload=cpu_offload)
+    shard_base(model, base.stored, CPU, cpu_offload=cpu_offload)
     assert is_sharded(model)
     parameters, size = dict(model.named_parameters()), torch.distributed.get_world_size()
     assert model.lm_head.weight is model.transformer.word_embeddings.weight

@@ -13,6 +13,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d
 
 from bloomft import progress
@@ -288,6 +289,25 @@ def test_a_process_that_fails_ends_the_others_with_a_line_each(launch, tmp_path)
     assert load_checkpoint(tmp_path / "run" / "last.ckpt").step == 3
 
 
+def report_a_kernel_of_process_1_late() -> None:
+    """Process 1 hears of a mistake of its own GPU while it exchanges gradients."""
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    if rank() == 1:
+        after_step(4, lambda: setattr(dist, "all_reduce", fail))
+
+
+def test_an_error_of_the_device_is_not_taken_for_a_lost_process(launch):
+    job = launch(2, before=report_a_kernel_of_process_1_late)
+    assert job.finish() == [1, 1]
+    first, second = job.errors()
+    assert "Traceback" in second
+    assert second.endswith("RuntimeError: CUDA error: an illegal memory access was encountered\n")
+    assert first.splitlines()[-1].startswith("process 0 of 2 stopped: another one has ended (")
+
+
 def hang_in_process_1() -> None:
     after_step(4, lambda: time.sleep(1000))
 
@@ -378,12 +398,44 @@ def test_processes_with_other_adapters_do_not_train(launch, tmp_path):
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
+def configure_process_1_differently() -> None:
+    if rank() == 1:
+        train = train_module.train
+
+        def train_differently(config):
+            config.optim.optimizer.lr *= 2
+            config.data.cache_dir += " of this machine"
+            return train(config)
+
+        train_module.train = train_differently
+
+
+def test_processes_with_other_settings_do_not_train_but_each_may_have_its_own_cache(launch):
+    job = launch(2, before=configure_process_1_differently)
+    assert job.finish() == [2, 1]
+    assert "error: process 1: optim.optimizer.lr: not the same as on process 0" in job.errors()[0]
+
+
 def test_a_base_with_dropout_is_refused(launch, base_copy):
     described = json.loads((base_copy / "config.json").read_text()) | {"hidden_dropout": 0.1}
     (base_copy / "config.json").write_text(json.dumps(described))
     job = launch(2, f"model.transformer.pretrained_model_name_or_path={base_copy}")
     assert 2 in job.finish()
     assert any("error: the base has dropout" in text for text in job.errors())
+
+
+def test_what_is_not_finite_is_said_once(launch, base_copy):
+    tensors = load_file(base_copy / "model.safetensors")
+    tensors["transformer.ln_f.bias"][0] = float("nan")
+    save_file(tensors, base_copy / "model.safetensors", {"format": "pt"})
+    job = launch(2, f"model.transformer.pretrained_model_name_or_path={base_copy}")
+    assert job.finish() == [2, 1]
+    first, second = job.errors()
+    assert "error: step 1: not finite: the loss, the gradient norm" in first.splitlines()[-1]
+    assert "(loss nan, gradient norm nan)" in first.splitlines()[-1]
+    # the loss of all processes is known to process 0 alone
+    assert second.startswith("process 1 of 2 stopped: ")
+    assert second.count("\n") == 1
 
 
 def test_half_an_environment_is_a_line(monkeypatch):
@@ -394,5 +446,20 @@ def test_half_an_environment_is_a_line(monkeypatch):
             UserError, match=r"WORLD_SIZE=2 without RANK.*; start with torchrun, or unset WORLD_SIZE"
         ),
         join_ranks(torch.device("cpu"), 1),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("RANK", "2"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", "x")],
+)
+def test_a_wrong_number_in_the_environment_is_a_line(monkeypatch, name, value):
+    right = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
+    for variable, number in (right | {name: value}).items():
+        monkeypatch.setenv(variable, number)
+    with (
+        pytest.raises(UserError, match=f"{name}={value}: not a number that a launcher sets; start with"),
+        join_ranks(torch.device("cpu"), 0.01),
     ):
         pass

@@ -1,19 +1,23 @@
 """A sharded base trains as a whole one does, whatever else is configured."""
 
+import functools
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bloomft.config.loading import load_config
 from bloomft.errors import UserError
 from bloomft.model.base import load_base
 from bloomft.ranks import Ranks
+from bloomft.run import setup
 from bloomft.run.checkpoint import load_checkpoint
 from bloomft.run.strategy import choose_strategy
-from tests.bloomft.run.test_ranks import TOLERANCE, after_step, close, launch  # noqa: F401, a fixture
+from tests.bloomft.run.test_ranks import TOLERANCE, after_step, close, launch, rank  # noqa: F401, a fixture
 from tests.bloomft.run_folder import adapters, metrics, same_adapters
 
 VARIANTS = {
@@ -63,6 +67,49 @@ def test_several_processes_train_as_one(run, launch, tmp_path, variant, strategy
         assert right.get("eval_loss") == pytest.approx(left.get("eval_loss"), abs=largest)
     if dtype is None:
         close(adapters(together), adapters(alone.run_dir))
+
+
+def replace_the_base_in_process_1(what: str) -> None:
+    """Process 1 has identified the base when its file gets another content, or disappears."""
+    if rank() == 1:
+        shard = setup.shard_base
+
+        def shard_base(model, *arguments, **options):
+            (file,) = Path(os.environ["BASE"]).glob("*.safetensors")
+            if what == "other weights":
+                save_file(load_file(file), file, {"format": "pt"})
+            elif what == "cut short":
+                file.write_bytes(file.read_bytes()[:-100])
+            else:
+                file.unlink()
+            shard(model, *arguments, **options)
+
+        setup.shard_base = shard_base
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("other weights", "was changed while it was read"),
+        ("cut short", "cannot be read: "),
+        ("nothing", "cannot be read: No such file"),
+    ],
+)
+def test_a_base_that_changes_while_it_is_read_is_a_line(launch, base_copy, what, expected):  # noqa: F811
+    job = launch(
+        2,
+        "train.strategy=fsdp",
+        f"model.transformer.pretrained_model_name_or_path={base_copy}",
+        before=functools.partial(replace_the_base_in_process_1, what),
+        BASE=str(base_copy),
+    )
+    statuses, errors = job.finish(), job.errors()
+    assert statuses[1] == 2
+    assert errors[1].startswith(f"error: {base_copy / 'model.safetensors'}: {expected}")
+    assert errors[1].count("\n") == 1
+    # process 0 may have read its own part before, or may see the same
+    assert statuses[0] in (1, 2), errors[0]
+    assert "Traceback" not in errors[0]
 
 
 def kill_every_process() -> None:
