@@ -10,7 +10,13 @@ from torch.nn.functional import gelu, layer_norm, linear
 from benchmarks.gpu_check.findings import Findings
 from benchmarks.gpu_check.lora_items import DTYPES, precision
 from benchmarks.gpu_check.pool import Item, Setting
-from lorakernels import add_layer_norm, frozen_linear, layer_norm_shrink, linear_cross_entropy
+from lorakernels import (
+    add_layer_norm,
+    frozen_linear,
+    layer_norm_shrink,
+    linear_cross_entropy,
+    linear_cross_entropy_in_blocks,
+)
 from lorakernels.ops.add_layer_norm import check as sum_check
 from lorakernels.ops.add_layer_norm import implementations as sum_implementations
 from lorakernels.ops.frozen_linear.implementations import fused
@@ -43,7 +49,7 @@ def rest() -> list[Item]:
 
 
 def check_loss(findings: Findings, setting: Setting, dtype: str) -> None:
-    """Mean over half of the rows, with the head frozen, as in training, and trained."""
+    """Mean over half of the rows, with the head frozen, as in training, in blocks, and trained."""
     # in float64 the head takes 2 GiB, in each of several processes
     rows, width, vocabulary = setting.pick((2048, 1024, VOCABULARY), (24, 32, 4100))
     hidden, weight, labels = make_loss_problem(setting, rows, width, vocabulary, DTYPES[dtype])
@@ -58,6 +64,10 @@ def check_loss(findings: Findings, setting: Setting, dtype: str) -> None:
             (loss * LOSS_SCALE).backward()
             name = "head trained" if trained else "head frozen"
             judge(findings, name, [loss.detach(), h.grad, w.grad], exact, hidden, weight)
+        h = hidden.clone().requires_grad_()
+        loss = linear_cross_entropy_in_blocks(h, weight.split(vocabulary // 3), labels)
+        (loss * LOSS_SCALE).backward()
+        judge(findings, "head in blocks", [loss.detach(), h.grad, None], exact, hidden, weight)
 
 
 def check_odd_loss(findings: Findings, setting: Setting, dtype: str) -> None:

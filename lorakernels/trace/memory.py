@@ -1,4 +1,4 @@
-"""The memory that tensors without data would take on the device, from their storages' births and deaths."""
+"""The memory that tensors without data would take on the device, from when their storages begin and end."""
 
 import weakref
 
