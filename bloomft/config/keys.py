@@ -172,7 +172,10 @@ class TrainConfig:
     )
     cpu_offload: bool = _key(False, "with fsdp on GPUs, keep the blocks' shards in host memory")
     timeout_minutes: float = _key(
-        30.0, "how long a process waits for another one in a step before the job fails", above=0
+        30.0,
+        "how long a process waits for another one in a step before the job fails",
+        above=0,
+        at_most=10**6,
     )
     compile: bool = _key(False, "torch.compile the blocks")
     cuda_graph: bool | str = _key(
