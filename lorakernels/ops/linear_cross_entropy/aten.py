@@ -8,7 +8,7 @@ stays out of the running sums: with ``z = log(sum of the other exponentials) - l
 digits when the model is confident.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -33,13 +33,24 @@ def forward(
     `accumulation_dtype`. The statistics (shift, scale) give the softmax of every column but the label's as
     exp(logit - shift) · scale: one number, their log-sum-exp, would be rounded by more than the two.
     """
-    return forward_in_blocks(hidden, [weight], labels, with_gradient)
+    sums = _sums(hidden, [weight], labels, with_gradient)
+    return finish(*sums, weight[labels] if with_gradient else weight[:0])
 
 
 def forward_in_blocks(
     hidden: torch.Tensor, weights: Iterable[torch.Tensor], labels: torch.Tensor, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As `forward`; ``weights`` are the rows of weight in order, each used up before the next is taken."""
+    label_rows = torch.zeros_like(hidden) if with_gradient else hidden[:0]
+    if with_gradient:
+        weights = taking_rows(weights, labels, label_rows)
+    return finish(*_sums(hidden, weights, labels, with_gradient), label_rows)
+
+
+def _sums(
+    hidden: torch.Tensor, weights: Iterable[torch.Tensor], labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What `finish` takes, but for label_rows."""
     rows, width = hidden.shape
     dtype = accumulation_dtype(hidden.dtype)
     gemm, compute = _products(hidden)
@@ -48,11 +59,8 @@ def forward_in_blocks(
     total = torch.zeros_like(maximum)
     label_logit = torch.zeros_like(maximum)
     mean = states.new_zeros((rows, width) if with_gradient else (0,), dtype=dtype)
-    label_rows = torch.zeros_like(hidden) if with_gradient else hidden[:0]
     first_column = 0
     for weight in weights:
-        if with_gradient:
-            take_rows(weight, labels - first_column, label_rows)
         columns = min(COLUMNS, len(weight))
         chunk = min(rows, block_rows(columns, dtype))
         for start, _, block in weight_blocks(weight, columns, compute):
@@ -70,7 +78,7 @@ def forward_in_blocks(
                 # so that the next block can reuse their memory
                 del logits, weights_of_block
         first_column += len(weight)
-    return finish(maximum, total, label_logit, mean if with_gradient else None, label_rows)
+    return maximum, total, label_logit, mean if with_gradient else None
 
 
 def finish(
@@ -94,11 +102,18 @@ def finish(
     return losses[:, 0], torch.cat([maximum, others / total], dim=1), mean
 
 
-def take_rows(weight: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
-    """Write weight[index[t]] to out[t] where weight has such a row; no device is waited for."""
-    inside = (index >= 0) & (index < len(weight))
-    found = weight[torch.where(inside, index, 0)]
-    torch.where(inside[:, None], found, out, out=out)
+def taking_rows(
+    weights: Iterable[torch.Tensor], labels: torch.Tensor, out: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """``weights``; of each block the labels' rows are written to out [T, H]. No device is waited for."""
+    first_column = 0
+    for weight in weights:
+        index = labels - first_column
+        inside = (index >= 0) & (index < len(weight))
+        found = weight[torch.where(inside, index, 0)]
+        torch.where(inside[:, None], found, out, out=out)
+        yield weight
+        first_column += len(weight)
 
 
 def weight_gradient(

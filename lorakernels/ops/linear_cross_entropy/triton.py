@@ -160,12 +160,12 @@ def forward_in_blocks(
     if with_gradient:
         mean = torch.zeros(rows, width, dtype=torch.float32, device=hidden.device)
     label_rows = torch.zeros_like(hidden) if with_gradient else hidden[:0]
+    if with_gradient:
+        weights = aten.taking_rows(weights, labels, label_rows)
     first_column = 0
     for weight in weights:
         chunk = min(rows, _fitting(len(weight) * hidden.element_size(), hidden))
         own_labels = labels - first_column
-        if with_gradient:
-            aten.take_rows(weight, own_labels, label_rows)
         with torch.cuda.device_of(hidden):
             buffer = _aligned(chunk, len(weight), hidden)
             product = None if mean is None else torch.empty_like(mean[:chunk])
