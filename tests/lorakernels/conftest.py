@@ -93,4 +93,6 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
                 tensor.fill_(float("nan"))
         return tensor
 
+    # torch keeps what a default device applies to when it is first asked, and would keep the patched function
+    torch.utils._device._device_constructors()
     monkeypatch.setattr(torch, "empty", empty)
