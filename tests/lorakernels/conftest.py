@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from benchmarks.interpreter import correct_bfloat16
 
@@ -94,5 +95,5 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor
 
     # torch keeps what a default device applies to when it is first asked, and would keep the patched function
-    torch.utils._device._device_constructors()
+    _device_constructors()
     monkeypatch.setattr(torch, "empty", empty)
