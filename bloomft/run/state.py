@@ -137,7 +137,8 @@ class RunState:
         self.window.start_clock()
 
     def _choose_kernels(self, tokens: int) -> dict[str, dict]:
-        for layer in adapted_layers(self.model).values():
+        # one of each shape, since a stand-in takes as long to make as its weight is large
+        for layer in {layer.weight.shape: layer for layer in adapted_layers(self.model).values()}.values():
             (whole_stand_in(layer) if is_sharded(self.model) else layer).prepare(tokens)
         return kernel_choices()
 

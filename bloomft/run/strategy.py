@@ -15,7 +15,7 @@ LARGEST_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Strategy:
-    """ "ddp" or "fsdp", and why, in words for the log."""
+    """The strategy of a run, ddp or fsdp, and why, in words for the log."""
 
     name: str
     reason: str

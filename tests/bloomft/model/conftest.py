@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomForCausalLM, Trainer, TrainingArguments
 
 from bloomft.model import fused_block
+from bloomft.model.compiled_blocks import compile_blocks
+from bloomft.model.fused_classes import checkpoint_blocks
 from bloomft.model.patch import adapted_layers, adapter_state, patch_bloom, unpatch_bloom
 from lorakernels.tolerance import relative_error
 from tests.bloomft.conftest import tiny_model
@@ -85,6 +87,19 @@ class CountCalls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.calls[str(function)] += 1
         return function(*args, **(kwargs or {}))
+
+
+def check_compiled_blocks_do_not_call(calls: list, model, mode: bool) -> None:
+    """The blocks of ``model``, compiled, have the results of before without the operator of ``calls``."""
+    torch._dynamo.reset()
+    checkpoint_blocks(model, mode)
+    expected = step(model)
+    calls.clear()
+    compile_blocks(model, backend="aot_eager")
+    for got, right in zip(step(model), expected, strict=True):
+        close(got, right)
+    assert calls == []
+    torch._dynamo.reset()
 
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.model.fused_classes import checkpoint_blocks
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.model.conftest import (
     calls_in_blocks,
+    check_compiled_blocks_do_not_call,
     close,
     interpreted,
     plain_twin,
@@ -153,16 +153,7 @@ def test_generation_and_autocast_do_not_use_it(calls):
 @pytest.mark.parametrize("mode", [False, True])
 def test_compiled_blocks_do_not_use_it(mode, calls):
     """A compiler fuses them itself."""
-    torch._dynamo.reset()
-    model = by_kernels()
-    checkpoint_blocks(model, mode)
-    expected = step(model)
-    calls.clear()
-    compile_blocks(model, backend="aot_eager")
-    for got, right in zip(step(model), expected, strict=True):
-        close(got, right)
-    assert calls == []
-    torch._dynamo.reset()
+    check_compiled_blocks_do_not_call(calls, by_kernels(), mode)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from bloomft.model.compiled_blocks import compile_blocks
 from bloomft.model.fused_classes import checkpoint_blocks
 from tests.bloomft.conftest import tiny_model
 from tests.bloomft.model.conftest import (
     calls_in_blocks,
+    check_compiled_blocks_do_not_call,
     close,
     interpreted,
     step,
@@ -132,16 +132,8 @@ def test_under_autocast_two_operators_are_called(calls):
 @pytest.mark.parametrize("mode", [False, True])
 def test_compiled_blocks_call_two_operators(mode, calls):
     """A compiler would save what the block recomputes, the result of an operator that draws numbers."""
-    torch._dynamo.reset()
     model = with_backend(with_trained_adapters(tiny_model()).train(), "triton")
-    checkpoint_blocks(model, mode)
-    expected = step(model)
-    calls.clear()
-    compile_blocks(model, backend="aot_eager")
-    for got, right in zip(step(model), expected, strict=True):
-        close(got, right)
-    assert calls == []
-    torch._dynamo.reset()
+    check_compiled_blocks_do_not_call(calls, model, mode)
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,12 @@ def exact_loss(hidden, weight, labels, reduction):
     return losses.sum() / ((labels != -100).sum() if reduction == "mean" else 1)
 
 
-def failures(results, hidden, weight, labels, reduction, rounds_products=False):
-    """One line for each result that is further from float64 than the operator's rule allows."""
+def failures(results, hidden, weight, labels, reduction, rounds_products=False, made=3):
+    """One line for each of the ``made`` results that is further from float64 than the rule allows."""
     wide = hidden.double(), weight.double()
     return check.failures(
         results,
-        results_of(exact_loss, *wide, labels, reduction),
+        results_of(exact_loss, *wide, labels, reduction)[:made],
         hidden.dtype,
         rows=len(hidden),
         width=hidden.shape[1],
